@@ -1,0 +1,46 @@
+# make demo    train, save, reload and try the tiny model on the embedded demonstrations
+# make test    the default test suite (CPU, offline)
+# make check   lint, format, types, architecture; changes nothing
+# make format  put every file into the house format
+#
+# Each target first makes the virtual environment .venv if it is missing or out of date.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+# CPU builds of torch live here; on a GPU machine use `make TORCH_INDEX=https://download.pytorch.org/whl/cu128 ...`
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PYTEST_ARGS ?= -n 2
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test check format install clean
+.DEFAULT_GOAL := test
+
+install: $(INSTALLED)
+
+# torch goes first and alone: anything else would pull its multi-gigabyte CUDA build as a dependency
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev]"
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python scripts/demo.py
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) outputs build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """Folder of recorded inputs and outputs of the published systems."""
+    return Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="session")
+def demos() -> Path:
+    """The embedded LeRobot dataset of robosuite demonstrations."""
+    return Path(__file__).parents[1] / "scripts" / "data" / "robosuite_demos"
+
+
+@pytest.fixture(scope="session")
+def demo_item(demos):
+    """One frame of it: images float (C, H, W), state, action, task."""
+    from hf_vla.data.lerobot import LeRobotEpisodes
+
+    return LeRobotEpisodes(demos)[100]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A saved, untrained tiny SpatialVLA for the robot of `demos`: 7 dimensions, camera `agentview`, chunks of 4."""
+    import torch
+
+    from hf_vla.actions.spec import ActionSpec, CameraSpec, GripperSpec
+    from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer
+    from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
+    from hf_vla.models.spatialvla.modeling_spatialvla import SpatialVLAForConditionalGeneration
+    from hf_vla.models.spatialvla.processing_spatialvla import SpatialVLAProcessor
+
+    names = ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")
+    spec = ActionSpec(names, "delta_ee", "axis_angle", "base", 20.0, GripperSpec(6, -1.0, 1.0))
+    limits = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "min": [-1.0] * 7, "max": [1.0] * 7}
+    grid = GaussianGridTokenizer(num_bins=(4, 8, 8, 8, 8, 5), distribution="uniform")
+    action_config = {
+        "chunk_size": 4,
+        "normalization": {"mode": ["quantile"] * 6 + ["zero_one"], "clip": True, "convention": "spatialvla"},
+        "tokenizer": {"type": "gaussian_grid", **grid.to_dict()},
+        "specs": {"robosuite": {"action": spec.to_dict()}},
+    }
+    camera = CameraSpec("agentview", 96, 96, [[115.9, 0.0, 48.0], [0.0, 115.9, 48.0], [0.0, 0.0, 1.0]])
+    config = SpatialVLAConfig.from_preset("tiny")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    SpatialVLAForConditionalGeneration(config).save_pretrained(folder)
+    processor = SpatialVLAProcessor.from_scratch(
+        config, {"robosuite": {"action": limits}}, action_config, {"robosuite": camera.to_dict()}
+    )
+    processor.save_pretrained(folder)
+    return folder
