@@ -1,0 +1,1 @@
+"""What an action is, and every way a model can emit one."""

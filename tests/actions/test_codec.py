@@ -1,0 +1,193 @@
+import json
+
+import numpy as np
+import pytest
+
+import hf_vla.actions.codec as codec_module
+from hf_vla.actions.codec import ActionCodec
+from hf_vla.actions.spec import ActionSpec, GripperSpec, StateSpec
+
+T, D = 3, 4
+BRIDGE = {"action": {"q01": [-0.02, -1.0, 0.3, 0.0], "q99": [0.03, 4.0, 0.9, 1.0], "mask": [True, True, True, False]}}
+ROBOT = {"action": {"q01": [0.0] * D, "q99": [2.0] * D}}
+CONFIG = {"chunk_size": T, "normalization": {"mode": "quantile", "clip": True, "convention": "spatialvla"}}
+ACTION_SPEC = ActionSpec(("x", "y", "yaw", "gripper"), "delta_ee", gripper=GripperSpec(3, open=0.0, closed=1.0))
+STATE_SPEC = StateSpec(("x", "y"))
+
+
+class Tenths:
+    """One id per number: tenths of [-1, 1]."""
+
+    action_dim = D
+
+    def encode(self, actions):
+        return np.rint((actions.reshape(*actions.shape[:-2], -1) + 1) * 10).astype(np.int64)
+
+    def decode(self, ids, horizon=None):
+        return np.asarray(ids).reshape(*np.shape(ids)[:-1], horizon, D) / 10 - 1
+
+
+@pytest.fixture
+def chunk():
+    return np.random.default_rng(0).uniform(0.31, 0.9, size=(2, 5, T, D)) * [0.03, 1, 1, 1]
+
+
+def test_without_tokenizer_the_target_is_the_normalised_chunk(chunk):
+    codec = ActionCodec({"bridge": BRIDGE}, CONFIG)
+    target = codec.encode(chunk)
+    assert target.dtype == np.float32 and target.shape == chunk.shape and codec.tokenizer is None
+    np.testing.assert_allclose(target[..., 3], chunk[..., 3], rtol=1e-6)  # the gripper's mask is False
+    decoded = codec.decode(target.astype(np.float64))
+    assert decoded.dtype == np.float32
+    np.testing.assert_allclose(decoded, chunk, atol=1e-6)
+
+
+def test_with_tokenizer_the_target_is_its_ids(chunk, monkeypatch):
+    built = []
+    monkeypatch.setattr(codec_module, "build_action_tokenizer", lambda config: built.append(config) or Tenths())
+    codec = ActionCodec({"robot": ROBOT}, CONFIG | {"tokenizer": {"type": "tenths"}})
+    assert built == [{"type": "tenths"}]
+    ids = codec.encode(chunk)
+    assert ids.dtype == np.int64 and ids.shape == (2, 5, T * D)
+    decoded = codec.decode(ids)
+    assert decoded.dtype == np.float32
+    np.testing.assert_allclose(decoded, chunk, atol=0.0501)
+    with pytest.raises(ValueError, match="'small' have 2 dimensions, the action tokenizer has 4"):
+        ActionCodec(
+            {"small": {"action": {"q01": [0.0] * 2, "q99": [1.0] * 2}}}, CONFIG | {"tokenizer": {"type": "tenths"}}
+        ).normalizer()
+
+
+def test_with_the_256_bins_of_the_registry(chunk):
+    config = CONFIG | {"tokenizer": {"type": "uniform", "action_dim": D}}
+    codec = ActionCodec({"robot": ROBOT}, json.loads(json.dumps(config)))
+    ids = codec.encode(chunk)
+    assert ids.dtype == np.int64 and ids.shape == (2, 5, T * D)
+    decoded = codec.decode(ids)
+    assert decoded.dtype == np.float32
+    half_range = 1.0  # q01 = 0, q99 = 2
+    assert (np.abs(decoded - chunk) <= codec.tokenizer.resolution() * half_range + 1e-6).all()
+    with pytest.raises(ValueError, match="ids"):
+        codec.decode(ids[..., :-1])
+
+
+def test_both_dictionaries_survive_json(chunk):
+    statistics, config = {"bridge": BRIDGE, "robot": ROBOT}, CONFIG | {"tokenizer": None}
+    again = ActionCodec(*json.loads(json.dumps([statistics, config])))
+    np.testing.assert_array_equal(
+        again.encode(chunk, "bridge"), ActionCodec(statistics, config).encode(chunk, "bridge")
+    )
+
+
+def test_the_published_convention_is_the_default(chunk):
+    explicit, default = ActionCodec({"a": BRIDGE}, CONFIG), ActionCodec({"a": BRIDGE}, {"chunk_size": T})
+    np.testing.assert_array_equal(explicit.encode(chunk), default.encode(chunk))
+
+
+def test_each_dataset_has_its_own_statistics(chunk):
+    codec = ActionCodec({"robot": ROBOT, "bridge": BRIDGE}, CONFIG)
+    assert codec.keys == ["bridge", "robot"]
+    for key in codec.keys:
+        assert codec.resolve_key(key) == key
+        np.testing.assert_array_equal(codec.encode(chunk, key), codec.normalizer(key).normalize(chunk).astype("f4"))
+    assert np.abs(codec.encode(chunk, "robot") - codec.encode(chunk, "bridge")).max() > 0.1
+
+
+def test_one_dataset_needs_no_key():
+    assert ActionCodec({"bridge": BRIDGE}, CONFIG).resolve_key() == "bridge"
+
+
+def test_keys_are_never_guessed():
+    codec = ActionCodec({"bridge_orig": BRIDGE, "robot": ROBOT}, CONFIG)
+    for method in (codec.resolve_key, codec.normalizer, codec.specs):
+        with pytest.raises(ValueError, match=r"choose unnorm_key among \['bridge_orig', 'robot'\]"):
+            method()
+        with pytest.raises(
+            ValueError,
+            match=r"No action statistics for 'bridge_orgi'; this checkpoint knows \['bridge_orig', 'robot'\]. "
+            r"Did you mean 'bridge_orig'\?",
+        ):
+            method("bridge_orgi")
+        with pytest.raises(ValueError, match=r"for 'zzz'; this checkpoint knows \['bridge_orig', 'robot'\].$"):
+            method("zzz")
+    for nothing in (None, {}):
+        with pytest.raises(ValueError, match="no action statistics; give its processor `statistics`"):
+            ActionCodec(nothing, CONFIG).decode(np.zeros((1, T, D)))
+    with pytest.raises(ValueError, match="No action statistics for 'robot'; this checkpoint knows"):
+        ActionCodec({"bridge": BRIDGE}, CONFIG).encode(np.zeros((1, T, D)), "robot")  # even where there is but one
+
+
+def test_specs_are_parsed():
+    specs = {"bridge": {"action": ACTION_SPEC.to_dict(), "state": STATE_SPEC.to_dict()}, "robot": {"action": None}}
+    codec = ActionCodec({"bridge": BRIDGE, "robot": ROBOT, "bare": ROBOT}, CONFIG | {"specs": specs})
+    assert codec.specs("bridge") == (ACTION_SPEC, STATE_SPEC)
+    assert codec.specs("robot") == codec.specs("bare") == (None, None)
+
+
+def test_specs_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="No action statistics for 'brigde'.*Did you mean 'bridge'"):
+        ActionCodec({"bridge": BRIDGE}, CONFIG | {"specs": {"brigde": {}}})
+    with pytest.raises(ValueError, match=r"StateSpec needs \['names'\]"):
+        ActionCodec({"bridge": BRIDGE}, CONFIG | {"specs": {"bridge": {"state": {}}}})
+    short = ActionSpec(("x", "y"), "joint").to_dict()
+    with pytest.raises(ValueError, match="statistics of 'bridge' have 4 dimensions, the action spec has 2"):
+        ActionCodec({"bridge": BRIDGE}, CONFIG | {"specs": {"bridge": {"action": short}}}).normalizer()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (CONFIG | {"chunksize": 4}, r"Unknown keys \['chunksize'\] in action_config; known are \['chunk_size', 'norm"),
+        (
+            CONFIG | {"normalization": {"modes": "quantile"}},
+            r"Unknown keys \['modes'\] in action_config\['normalization'\]; known are \['mode', 'clip', 'conv",
+        ),
+        (
+            CONFIG | {"specs": {"bridge": {"actions": None}}},
+            r"Unknown keys \['actions'\] in action_config\['specs'\]\['bridge'\]; known are \['action', 'state'\]",
+        ),
+        (
+            CONFIG | {"normalization": "quantile"},
+            r"Expected a dictionary for action_config\['normalization'\], came str",
+        ),
+        ([], "Expected a dictionary for action_config, came list"),
+        ({}, "chunk_size of 1 or more in action_config, came None"),
+        ({"chunk_size": 0}, "chunk_size of 1 or more in action_config, came 0"),
+    ],
+)
+def test_unknown_or_missing_configuration_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        ActionCodec({"bridge": BRIDGE}, config)
+
+
+def test_a_processor_without_actions_can_be_built_but_not_used(chunk):
+    codec = ActionCodec({"bridge": BRIDGE})
+    assert codec.keys == ["bridge"] and codec.chunk_size is None
+    with pytest.raises(ValueError, match="This processor has no action_config; give it one with its 'chunk_size'"):
+        codec.encode(chunk)
+
+
+def test_bad_statistics_name_their_dataset():
+    with pytest.raises(ValueError, match=r"Statistics of 'bridge' have no 'action', only \['state'\]"):
+        ActionCodec({"bridge": {"state": {}}}, CONFIG).normalizer()
+    with pytest.raises(ValueError, match=r"Action statistics of 'bridge': Normalization mode 'quantile' needs"):
+        ActionCodec({"bridge": {"action": {"mean": [0.0], "std": [1.0]}}}, CONFIG).normalizer()
+
+
+@pytest.mark.parametrize("shape", [(T + 1, D), (T, D - 1), (D,), ()])
+def test_shapes_are_checked(shape):
+    codec = ActionCodec({"bridge": BRIDGE}, CONFIG)
+    expected = r"of shape \(..., chunk_size=3, action_dim=4\), came"
+    with pytest.raises(ValueError, match=f"Expected actions {expected}"):
+        codec.encode(np.zeros(shape))
+    with pytest.raises(ValueError, match=f"Expected predicted actions {expected}"):
+        codec.decode(np.zeros(shape))
+
+
+def test_values_that_are_not_finite_are_refused(chunk):
+    codec = ActionCodec({"bridge": BRIDGE}, CONFIG)
+    chunk[1, 2, 0, 3] = np.nan
+    with pytest.raises(ValueError, match="Expected finite actions, came nan at row 21, dimension 3"):
+        codec.encode(chunk)
+    with pytest.raises(ValueError, match="Expected finite normalized actions, came nan at row 21, dimension 3"):
+        codec.decode(chunk)
