@@ -1,0 +1,1 @@
+"""Model families; a family is one folder of configuration, model and processor."""

@@ -1,0 +1,64 @@
+"""Whatever a caller has for an image -> an upright 8-bit RGB image."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+
+def to_rgb(image) -> Image.Image:
+    """Convert one image to RGB.
+
+    Args:
+        image: a PIL image of any mode (EXIF rotation is applied, transparency dropped); an array of shape
+            `(height, width)`, `(height, width, 1 | 3 | 4)`; or a tensor of shape `(1 | 3 | 4, height, width)` or
+            `(height, width)`. uint8 in [0, 255], uint16 in [0, 65535], floating point in [0, 1].
+
+    Returns:
+        `PIL.Image.Image` in mode RGB.
+
+    Raises:
+        ValueError: another type, shape or value range, or NaN.
+    """
+    if isinstance(image, Image.Image):
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":  # 16 bits; PIL would clip them to white
+            return to_rgb(_sixteen_bit(image))
+        return image.convert("RGB")
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+        image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"Expected a PIL image, an array or a tensor, got {type(image).__name__}.")
+    if image.ndim == 3 and image.shape[-1] == 1:
+        image = image[..., 0]
+    if image.ndim != 2 and not (image.ndim == 3 and image.shape[-1] in (3, 4)) or image.size == 0:
+        raise ValueError(
+            f"Expected an array of shape (height, width), (height, width, 3) or (height, width, 4), or a tensor with "
+            f"its channels first, got the shape (height, width, channels) = {image.shape}."
+        )
+    return Image.fromarray(_to_uint8(image)).convert("RGB")
+
+
+def _sixteen_bit(image: Image.Image) -> np.ndarray:
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535 or not np.isfinite(values).all():
+        raise ValueError(f"Expected a {image.mode} image in [0, 65535], got [{values.min()}, {values.max()}].")
+    return values.astype(np.uint16)
+
+
+def _to_uint8(values: np.ndarray) -> np.ndarray:
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.uint16:
+        return np.round(values / 257.0).astype(np.uint8)
+    if not np.issubdtype(values.dtype, np.floating):
+        raise ValueError(f"Expected an image of uint8, uint16 or floating point, got {values.dtype}.")
+    if not np.isfinite(values).all():
+        raise ValueError("Expected a finite image, got NaN or infinity.")
+    if values.min() < 0.0 or values.max() > 1.0:
+        raise ValueError(
+            f"Expected a floating-point image in [0, 1], got [{values.min():g}, {values.max():g}]: "
+            "divide by 255, or pass uint8."
+        )
+    return np.round(values * 255.0).astype(np.uint8)

@@ -1,0 +1,33 @@
+"""What every model of hf_vla returns."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class VLAOutput(ModelOutput):
+    """Output of `forward` and `predict_action` of every family; fields a family does not fill stay `None`.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`): training loss, when targets were given.
+        logits (`torch.Tensor`): scores over tokens. `forward`: `(batch_size, sequence_length, vocab_size)`;
+            `predict_action`: `(batch_size, num_action_tokens, action_vocab_size)`, `-inf` where a step forbids an id.
+        actions (`torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`): normalised actions of a
+            continuous head.
+        action_ids (`torch.Tensor` of shape `(batch_size, num_action_tokens)`, int64): ids of an action tokenizer,
+            relative to its own vocabulary (0 is its first id).
+        reasoning_ids (`torch.Tensor` of shape `(batch_size, reasoning_length)`): generated reasoning.
+        hidden_states, attentions, past_key_values: as in transformers.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    actions: torch.Tensor | None = None
+    action_ids: torch.Tensor | None = None
+    reasoning_ids: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    past_key_values: Cache | None = None

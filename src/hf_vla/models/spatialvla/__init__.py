@@ -1,0 +1,1 @@
+"""SpatialVLA: a vision-language model with 3D position encoding and adaptive action grids."""

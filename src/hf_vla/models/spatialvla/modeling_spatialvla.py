@@ -1,0 +1,479 @@
+"""SpatialVLA: SigLIP patches that know where they are in space, a causal language model, three tokens per action.
+
+image -> SigLIP -> (+ Ego3D encoding of the depth map) -> projector -> `<image>` places of the prompt -> language model
+-> translation token, rotation token, gripper token -> (processor) -> robot actions
+
+Source: SpatialVLA, https://huggingface.co/papers/2501.15830
+"""
+
+import json
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForDepthEstimation
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import can_return_tuple
+from transformers.utils.hub import cached_file
+
+from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer, transfer_embeddings
+from hf_vla.models.base import VLAPreTrainedModel
+from hf_vla.models.outputs import VLAOutput
+from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
+from hf_vla.models.spatialvla.ego3d import Ego3DPositionEncoding, back_project
+
+_ZOE_PADDING = 31  # pixels that ZoeDepth's preprocessing reflects on each side of an image
+
+
+class SpatialVLAMultiModalProjector(nn.Module):
+    """Vision features -> hidden size of the language model."""
+
+    def __init__(self, config: SpatialVLAConfig):
+        super().__init__()
+        self.linear = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`(..., vision_hidden_size)` -> `(..., hidden_size)`."""
+        return self.linear(features)
+
+
+class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
+    """Image and instruction in, tokens of the adaptive action grid out.
+
+    Example:
+    ```python
+    >>> import hf_vla
+    >>> from transformers import AutoModel, AutoProcessor
+
+    >>> model = AutoModel.from_pretrained(path)
+    >>> processor = AutoProcessor.from_pretrained(path)
+    >>> inputs = processor(images=image, text="pick up the red cube")
+    >>> actions = processor.decode_actions(model.predict_action(**inputs))
+    ```
+    """
+
+    config: SpatialVLAConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["SpatialVLAMultiModalProjector", "Ego3DPositionEncoding"]
+    _supports_sdpa = True
+    # The prompt attends to itself in both directions, which flash attention's causal kernels cannot express.
+    _supports_flash_attn = False
+    _supports_attention_backend = True
+
+    def __init__(self, config: SpatialVLAConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = SpatialVLAMultiModalProjector(config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if config.use_vision_zoe:
+            self.vision_zoe_model = AutoModelForDepthEstimation.from_config(config.vision_zoe_config)
+            self.vision_zoe_model.eval().requires_grad_(False)
+        if config.use_ego3d:
+            self.position_embedding_3d = Ego3DPositionEncoding(
+                config.ego3d_patch_reso**2, config.n_freqs, config.vision_config.hidden_size
+            )
+        if config.use_spatial_token:
+            self.spatial_embed_tokens = nn.Embedding(config.spatial_token_num, config.text_config.hidden_size)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+        """As [`VLAPreTrainedModel.from_pretrained`]; checkpoints in the published layout are read as they are.
+
+        The published layout keeps the grid's resolution and the chunk size with the processor only.
+        """
+        hub_kwargs = {key: kwargs[key] for key in _HUB_KWARGS if key in kwargs}
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        if model.config.use_vision_zoe:
+            model.vision_zoe_model.requires_grad_(False)  # loading does not keep what __init__ set
+        if model.config.chunk_size is None:
+            file = cached_file(
+                pretrained_model_name_or_path,
+                "processor_config.json",
+                _raise_exceptions_for_missing_entries=False,
+                **hub_kwargs,
+            )
+            if file is not None:
+                with open(file, encoding="utf-8") as stream:
+                    _read_published_grid(model.config, json.load(stream))
+        return (model, info) if output_loading_info else model
+
+    def train(self, mode: bool = True):
+        """Switch to training mode, all but the frozen depth model (its drop path would perturb the depth)."""
+        super().train(mode)
+        if self.config.use_vision_zoe:
+            self.vision_zoe_model.eval()
+        return self
+
+    def get_input_embeddings(self):
+        """The language model's, whose action rows `spatial_embed_tokens` replaces."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        """Replace the language model's input embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        """The language model's head."""
+        return self.language_model.get_output_embeddings()
+
+    def get_decoder(self):
+        """The language model without its head."""
+        return self.language_model.get_decoder()
+
+    @torch.no_grad()
+    def adapt_spatial_embeddings(self, source: GaussianGridTokenizer, target: GaussianGridTokenizer) -> None:
+        """Move the pretrained embeddings of the action tokens to the cells of a grid fitted to another dataset.
+
+        Trilinear between the old cells' centres, see [`~hf_vla.actions.tokenizers.gaussian_grid.transfer_embeddings`].
+        An untied head keeps its rows, as published: they name cells by probability mass, which re-fitting keeps.
+
+        Args:
+            source, target (`GaussianGridTokenizer`): grid of the checkpoint, grid of the new dataset; one resolution.
+
+        Raises:
+            ValueError: the model has no spatial embedding, or the grids have another number of ids than it.
+        """
+        if not self.config.use_spatial_token:
+            raise ValueError("This model has no spatial embedding to adapt: its config says use_spatial_token=False.")
+        weight = self.spatial_embed_tokens.weight
+        if source.num_bins != target.num_bins or source.vocab_size != len(weight):
+            raise ValueError(
+                f"Expected two grids of {len(weight)} ids with the same bins, got {list(source.num_bins)} and "
+                f"{list(target.num_bins)}: fit the new grid with the checkpoint's own numbers of bins."
+            )
+        adapted = transfer_embeddings(weight.float().cpu().numpy(), source, target)
+        weight.copy_(torch.from_numpy(adapted))
+
+    @torch.no_grad()
+    def estimate_depth(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Metric depth by ZoeDepth.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): RGB in [0, 1].
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, height, width)`, float32, metres.
+        """
+        height, width = pixel_values.shape[-2:]
+        pad = min(_ZOE_PADDING, height - 1, width - 1)
+        size = (self.config.zoe_image_size,) * 2
+        images = F.pad(pixel_values.float(), (pad,) * 4, mode="reflect")
+        images = F.interpolate(images, size, mode="bicubic", align_corners=True)
+        images = ((images - 0.5) / 0.5).to(self.vision_zoe_model.dtype)
+        # With several metric heads ZoeDepth lets the batch vote for one of them: ask for each image alone.
+        batches = images.split(1) if len(self.config.vision_zoe_config.bin_configurations) > 1 else [images]
+        depth = torch.cat([self.vision_zoe_model(pixel_values=batch).predicted_depth for batch in batches])
+        size = (height + 2 * pad, width + 2 * pad)
+        depth = F.interpolate(depth[:, None].float(), size, mode="bicubic", align_corners=True)
+        return depth[:, 0, pad : pad + height, pad : pad + width]
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        intrinsics: torch.Tensor | None = None,
+        depth: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embed images as tokens, in the units of the language model's embedding table.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): RGB in [0, 1].
+            intrinsics (`torch.Tensor` of shape `(batch_size, 3, 3)` or `(3, 3)`): in pixels of `pixel_values`.
+            depth (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*): metric depth of the robot's
+                own sensor; ZoeDepth estimates it when it is not given.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_patches, hidden_size)`.
+
+        Raises:
+            ValueError: intrinsics or depth are needed and missing, or depth has another shape than the image.
+        """
+        features = self.vision_tower(((pixel_values - 0.5) / 0.5).to(self.vision_tower.dtype)).last_hidden_state
+        if self.config.use_ego3d:
+            if intrinsics is None:
+                raise ValueError(
+                    "This checkpoint encodes 3-D positions and needs `intrinsics`, a (3, 3) camera matrix in pixels "
+                    "of the model's image; the processor returns it for the dataset named by `unnorm_key`."
+                )
+            if depth is None and not self.config.use_vision_zoe:
+                raise ValueError(
+                    "This checkpoint has no depth model: give `depth`, in metres, of shape (batch, H, W)."
+                )
+            depth = self.estimate_depth(pixel_values) if depth is None else depth
+            expected = (pixel_values.shape[0], *pixel_values.shape[-2:])
+            if depth.shape != expected:
+                raise ValueError(
+                    f"Expected depth of shape {expected}, one metre value per pixel, got {tuple(depth.shape)}."
+                )
+            patch_size = self.config.vision_config.patch_size
+            xyz = back_project(depth, intrinsics, patch_size, self.config.ego3d_patch_reso)
+            features = features + self.position_embedding_3d(xyz)
+        return self.multi_modal_projector(features) / self.config.text_config.hidden_size**0.5
+
+    def embed_inputs(self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None) -> torch.Tensor:
+        """Look up text tokens, action tokens and image features.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`).
+            image_features (`torch.Tensor` of shape `(batch_size, num_patches, hidden_size)`, *optional*): goes where
+                `input_ids` hold the image token.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`.
+
+        Raises:
+            ValueError: a prompt holds another number of image tokens than its image has patches.
+        """
+        config, embed_tokens = self.config, self.get_input_embeddings()
+        # Gemma scales its embeddings by sqrt(hidden_size) inside `embed_tokens`; ours must be scaled alike.
+        scale = getattr(embed_tokens, "scalar_embed_scale", 1.0)
+        is_image = input_ids == config.image_token_index
+        embeds = embed_tokens(input_ids.masked_fill(is_image, config.pad_token_id))
+        if config.use_spatial_token:
+            action_ids = input_ids - config.action_token_begin_idx
+            is_action = (action_ids >= 0) & (action_ids < config.spatial_token_num)
+            spatial = self.spatial_embed_tokens(action_ids.clamp(0, config.spatial_token_num - 1)) * scale
+            embeds = torch.where(is_action[..., None], spatial.to(embeds.dtype), embeds)
+        counts, expected = is_image.sum(-1), 0 if image_features is None else image_features.shape[1]
+        if (counts != expected).any():
+            raise ValueError(
+                f"Expected {expected} image tokens in every prompt, one per patch of its image, got {counts.tolist()}."
+            )
+        if image_features is not None:
+            image_features = (image_features * scale).to(embeds.dtype)
+            embeds = embeds.masked_scatter(is_image[..., None], image_features)
+        return embeds
+
+    def _decode(
+        self, inputs_embeds, attention_mask, is_suffix=None, position_ids=None, past_key_values=None, **kwargs
+    ):
+        """Run the language model under the prefix-LM mask: the prompt sees itself whole, action tokens see the past.
+
+        `is_suffix`: `(batch_size, sequence_length)`, True from the first action token on; None once a cache is filled.
+        """
+        if attention_mask is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            attention_mask = inputs_embeds.new_ones(
+                (inputs_embeds.shape[0], past_length + inputs_embeds.shape[1]), dtype=torch.long
+            )
+        if position_ids is None:  # counted from 1 over the real tokens, so that padding moves nothing
+            position_ids = attention_mask.long().cumsum(-1).clamp(min=1)[:, -inputs_embeds.shape[1] :]
+        masks = create_masks_for_generate(
+            config=self.config.text_config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask.bool(),
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            block_sequence_ids=None if is_suffix is None else torch.where(is_suffix, -1, 0),
+        )
+        return self.get_decoder()(
+            inputs_embeds=inputs_embeds,
+            attention_mask=masks,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits of the whole vocabulary: `(..., hidden_size)` -> `(..., vocab_size)`."""
+        logits = self.get_output_embeddings()(hidden_states)
+        if self._spatial_head:
+            begin = self.config.action_token_begin_idx
+            spatial = F.linear(hidden_states, self.spatial_embed_tokens.weight)
+            logits = torch.cat([logits[..., :begin], spatial, logits[..., begin + spatial.shape[-1] :]], dim=-1)
+        return self._softcap(logits)
+
+    def _action_head(self, hidden_states: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Logits of the action ids `start:stop` alone: `(..., hidden_size)` -> `(..., stop - start)`."""
+        if self._spatial_head:
+            return self._softcap(F.linear(hidden_states, self.spatial_embed_tokens.weight[start:stop]))
+        head = self.get_output_embeddings()
+        rows = slice(self.config.action_token_begin_idx + start, self.config.action_token_begin_idx + stop)
+        return self._softcap(
+            F.linear(hidden_states, head.weight[rows], None if head.bias is None else head.bias[rows])
+        )
+
+    @property
+    def _spatial_head(self) -> bool:
+        """A head tied to the input embedding is tied, for action tokens, to their spatial embedding."""
+        return self.config.use_spatial_token and self.config.text_config.tie_word_embeddings
+
+    def _softcap(self, logits: torch.Tensor) -> torch.Tensor:
+        cap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        intrinsics: torch.FloatTensor | None = None,
+        depth: torch.FloatTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> VLAOutput:
+        """Score next tokens, and the loss where `labels` are given.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): from the processor.
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): RGB in [0, 1].
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 where a token is real.
+            intrinsics (`torch.FloatTensor` of shape `(batch_size, 3, 3)` or `(3, 3)`): camera matrix in pixels.
+            depth (`torch.FloatTensor` of shape `(batch_size, height, width)`, *optional*): metres; skips ZoeDepth.
+            token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): 0 prompt,
+                1 action tokens. By default the prompt ends where the first action token stands.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): -100 is ignored.
+            position_ids, past_key_values, inputs_embeds, logits_to_keep: as in transformers. With `labels`, the loss
+                is computed at the labelled positions only, whatever `logits_to_keep` says.
+
+        Returns:
+            [`VLAOutput`] with `loss`, `logits`, `past_key_values`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Expected exactly one of `input_ids` and `inputs_embeds`.")
+        is_suffix = None
+        if past_key_values is None or past_key_values.get_seq_length() == 0:
+            is_suffix = self._suffix_mask(token_type_ids, input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            features = None if pixel_values is None else self.get_image_features(pixel_values, intrinsics, depth)
+            inputs_embeds = self.embed_inputs(input_ids, features)
+        outputs = self._decode(inputs_embeds, attention_mask, is_suffix, position_ids, past_key_values, **kwargs)
+
+        hidden_states = outputs.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        loss = None
+        if labels is not None:
+            targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
+            supervised = targets != -100
+            if not supervised.any():
+                raise ValueError("Expected labels other than -100 in the batch, got none: no action is real.")
+            loss = F.cross_entropy(self._head(hidden_states[supervised]).float(), targets[supervised])
+        return VLAOutput(
+            loss=loss,
+            logits=self._head(hidden_states[:, keep]),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _suffix_mask(self, token_type_ids, input_ids, inputs_embeds) -> torch.Tensor:
+        if token_type_ids is not None:
+            return token_type_ids.bool()
+        if input_ids is None:  # a prompt given as embeddings
+            return inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.bool)
+        begin = self.config.action_token_begin_idx
+        is_action = (input_ids >= begin) & (input_ids < begin + self.config.spatial_token_num)
+        return is_action.cumsum(-1) > 0
+
+    def prepare_inputs_for_generation(self, *args, is_first_iteration: bool = False, **kwargs):
+        """Show the image to the first step only; later ones have it in the cache."""
+        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        inputs.pop("position_ids", None)  # ours count from 1 and come from the attention mask
+        inputs.pop("token_type_ids", None)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for key in ("pixel_values", "intrinsics", "depth"):
+                inputs.pop(key, None)
+        return inputs
+
+    @torch.no_grad()
+    def predict_action(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.FloatTensor,
+        attention_mask: torch.Tensor | None = None,
+        intrinsics: torch.FloatTensor | None = None,
+        depth: torch.FloatTensor | None = None,
+        chunk_size: int | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> VLAOutput:
+        """Generate the action tokens of a chunk, each chosen within the block that stands at its place.
+
+        Only the head's rows of that block are computed, so no undecodable id can be chosen and a step costs a small
+        part of the full vocabulary's head.
+
+        Args:
+            input_ids, pixel_values, attention_mask, intrinsics, depth: from the processor, left-padded.
+            chunk_size (`int`, *optional*): number of actions; the checkpoint's by default.
+            do_sample (`bool`): sample instead of taking the most likely id.
+            temperature (`float`): divides the logits before sampling.
+            generator (`torch.Generator`, *optional*): makes sampling repeatable.
+
+        Returns:
+            [`VLAOutput`] with `action_ids` `(batch_size, chunk_size * num_blocks)` in `[0, spatial_token_num)` and
+            `logits` `(batch_size, chunk_size * num_blocks, spatial_token_num)`.
+
+        Raises:
+            ValueError: the prompt is right-padded, or the checkpoint does not tell its blocks or chunk size.
+        """
+        config = self.config
+        chunk_size = chunk_size or config.chunk_size
+        if chunk_size is None or config.action_block_sizes is None:
+            raise ValueError(
+                f"Expected config.chunk_size and config.action_block_sizes, got {chunk_size} and "
+                f"{config.action_block_sizes}: set them to the processor's chunk size and its grid's block sizes."
+            )
+        if attention_mask is not None and not attention_mask[:, -1].all():
+            raise ValueError("Expected prompts padded on the left, got padding at the end of a prompt.")
+        if temperature <= 0:
+            raise ValueError(
+                f"Expected a temperature above 0, got {temperature}; use do_sample=False for the likeliest id."
+            )
+
+        embeds = self.embed_inputs(input_ids, self.get_image_features(pixel_values, intrinsics, depth))
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        cache = DynamicCache(config=config.text_config)
+        is_suffix = torch.zeros_like(input_ids, dtype=torch.bool)
+        num_tokens = chunk_size * len(config.action_block_sizes)
+        stops = torch.tensor(config.action_block_sizes).cumsum(0).tolist()
+        logits = embeds.new_full((len(embeds), num_tokens, config.spatial_token_num), -torch.inf, dtype=torch.float32)
+        action_ids = input_ids.new_empty(len(embeds), num_tokens)
+        for step in range(num_tokens):
+            if step > 0:
+                embeds = self.embed_inputs(action_ids[:, step - 1 : step] + config.action_token_begin_idx)
+                attention_mask = F.pad(attention_mask, (0, 1), value=1)
+                is_suffix = None
+            hidden = self._decode(embeds, attention_mask, is_suffix, past_key_values=cache, use_cache=True)
+            block = step % len(stops)
+            start, stop = stops[block] - config.action_block_sizes[block], stops[block]
+            scores = self._action_head(hidden.last_hidden_state[:, -1], start, stop).float()
+            logits[:, step, start:stop] = scores
+            if do_sample:
+                probabilities = (scores / temperature).softmax(-1)
+                chosen = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+            else:
+                chosen = scores.argmax(-1)
+            action_ids[:, step] = chosen + start
+        return VLAOutput(action_ids=action_ids, logits=logits)
+
+
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def _read_published_grid(config: SpatialVLAConfig, processor_config: dict) -> None:
+    """Fill the config's `chunk_size` and `action_block_sizes` from a published processor_config.json."""
+    bins = processor_config["action_config"]["num_bins"]
+    config.chunk_size = processor_config["action_chunk_size"]
+    config.action_block_sizes = [
+        math.prod(bins["translation"].values()),
+        math.prod(bins["rotation"].values()),
+        bins["gripper"],
+    ]
+    config.validate_architecture()

@@ -1,0 +1,308 @@
+"""SpatialVLA processor: image, instruction and actions <-> tensors; keeps the action grid and every statistic."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import BatchFeature, ProcessorMixin
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.utils import ModelOutput
+
+from hf_vla.actions.codec import ActionCodec
+from hf_vla.actions.spec import CameraSpec
+from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer
+from hf_vla.models.byte_tokenizer import byte_tokenizer
+from hf_vla.models.images import to_rgb
+from hf_vla.models.outputs import VLAOutput
+from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
+
+IMAGE_TOKEN = "<image>"
+DEFAULT_CAMERA = "default"
+IGNORED = -100  # label that no loss sees
+
+
+class SpatialVLAProcessor(ProcessorMixin):
+    """Everything outside the network: pixels, prompt, camera matrix, action grid, un-normalisation.
+
+    Args:
+        image_processor (`SiglipImageProcessorPil`): resizes and rescales; the model itself normalises.
+        tokenizer (`PreTrainedTokenizerFast`): text, `<image>` and the action tokens `<ACTION00000>`...
+        statistics (`dict`, *optional*): `{unnorm_key: {"action": {"q01": [...], "q99": [...], "mask": [...]}}}`.
+        action_config (`dict`, *optional*): chunk size, normalisation, grid and specs, see
+            [`~hf_vla.actions.codec.ActionCodec`].
+        camera_config (`dict`, *optional*): `{unnorm_key: CameraSpec.to_dict()}`; the key `"default"` serves every
+            dataset that has no camera of its own.
+        chat_template (`str`, *optional*): unused, kept for `ProcessorMixin`.
+
+    Source: SpatialVLA, https://huggingface.co/papers/2501.15830
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        statistics=None,
+        action_config=None,
+        camera_config=None,
+        chat_template=None,
+    ):
+        if not isinstance(image_processor, SiglipImageProcessorPil):  # the torchvision backend resizes differently
+            image_processor = SiglipImageProcessorPil(**image_processor.to_dict())
+        self.statistics, self.action_config, self.camera_config = statistics, action_config, camera_config
+        self.action_codec = ActionCodec(statistics, action_config)
+        self.cameras = {key: CameraSpec.from_dict(camera) for key, camera in (camera_config or {}).items()}
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        if not hasattr(image_processor, "image_seq_length"):
+            raise ValueError("Expected an image processor with `image_seq_length`, the number of patches of an image.")
+        self.image_token_id = self._token_id(IMAGE_TOKEN)
+        self.action_token_begin = self._token_id("<ACTION00000>")
+        if self.action_codec.tokenizer is not None:
+            last = self.action_codec.tokenizer.vocab_size - 1
+            if self._token_id(f"<ACTION{last:05d}>") != self.action_token_begin + last:
+                raise ValueError(
+                    f"Expected the {last + 1} action tokens to have consecutive ids; this tokenizer's have not."
+                )
+
+    @classmethod
+    def from_scratch(cls, config: SpatialVLAConfig, statistics: dict, action_config: dict, camera_config: dict):
+        """Processor of an untrained model: bytes as text tokens, images of the vision tower's size.
+
+        Args:
+            config ([`SpatialVLAConfig`]): gives image size and number of patches.
+            statistics, action_config, camera_config (`dict`): see the class.
+        """
+        size = config.vision_config.image_size
+        image_processor = SiglipImageProcessorPil(
+            size={"height": size, "width": size}, do_normalize=False, image_seq_length=config.num_image_tokens
+        )
+        tokenizer = byte_tokenizer(config.spatial_token_num)
+        return cls(image_processor, tokenizer, statistics, action_config, camera_config)
+
+    @classmethod
+    def from_args_and_dict(cls, args, processor_dict, **kwargs):
+        """Build the processor from processor_config.json, in our layout or the published one."""
+        if "bin_policy" in processor_dict:
+            processor_dict = _from_published(processor_dict)
+        return super().from_args_and_dict(args, processor_dict, **kwargs)
+
+    def __call__(
+        self,
+        images=None,
+        text=None,
+        state=None,
+        actions=None,
+        action_mask=None,
+        unnorm_key=None,
+        intrinsics=None,
+        depth=None,
+        reasoning=None,
+        return_tensors="pt",
+    ) -> BatchFeature:
+        """Prepare a batch; with `actions` a training batch, padded on the right, else a prompt, padded on the left.
+
+        Args:
+            images: one image or a list with one per sample; see [`~hf_vla.models.images.to_rgb`].
+            text (`str` or `list[str]`): instruction, one for all or one per sample.
+            actions (`(T, D)` or `(batch_size, T, D)`, *optional*): targets in robot units.
+            action_mask (`(T,)` or `(batch_size, T)` of bool, *optional*): True where an action is real. Actions that
+                are not real, and the end token behind them, get no label.
+            unnorm_key (`str` or `list[str]`, *optional*): dataset of the samples; chooses statistics and camera.
+            intrinsics (`(3, 3)` or `(batch_size, 3, 3)`, *optional*): in pixels of the image given; overrides the
+                dataset's camera.
+            depth (`(H, W)` or `(batch_size, H, W)`, *optional*): metres, the image's field of view, any resolution.
+            return_tensors (`str`): `"pt"` or `"np"`.
+
+        Returns:
+            `BatchFeature` with `pixel_values` `(batch_size, 3, S, S)` in [0, 1], `input_ids` and `attention_mask`
+            `(batch_size, L)`, `intrinsics` `(batch_size, 3, 3)` in pixels of S x S, `depth` `(batch_size, S, S)`;
+            with `actions` also `labels` and `token_type_ids` `(batch_size, L)`.
+
+        Raises:
+            ValueError: image or text is missing, counts differ, a value is not usable, or an unused input is given.
+        """
+        for name, value in (("state", state), ("reasoning", reasoning)):
+            if value is not None:
+                raise ValueError(f"SpatialVLA takes no {name}; leave `{name}` out.")
+        if images is None or text is None:
+            raise ValueError(f"Expected `images` and `text`, got no {'images' if images is None else 'text'}.")
+        images = [to_rgb(image) for image in (images if _is_batch(images) else [images])]
+        texts = [text] * len(images) if isinstance(text, str) else list(text)
+        keys = unnorm_key if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * len(images)
+        if not len(texts) == len(keys) == len(images):
+            raise ValueError(
+                f"Got {len(images)} images, {len(texts)} texts and {len(keys)} unnorm_keys: give one per sample."
+            )
+
+        pixel_values = self.image_processor(images, return_tensors="np")["pixel_values"]
+        size = pixel_values.shape[-2:]
+        data = {"pixel_values": pixel_values}
+        matrices = self._intrinsics(images, keys, intrinsics, size)
+        if matrices is not None:
+            data["intrinsics"] = matrices
+        if depth is not None:
+            data["depth"] = _resized_depth(depth, len(images), size)
+        prompts = [self._prompt_ids(prompt) for prompt in texts]
+        if actions is None:
+            data.update(self._padded(prompts, left=True))
+        else:
+            data.update(self._with_targets(prompts, actions, action_mask, keys))
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def decode_actions(self, output, unnorm_key=None, clip_ids=False) -> np.ndarray:
+        """Turn predicted ids into robot actions.
+
+        Args:
+            output ([`VLAOutput`] of `predict_action`, or the new token ids of `generate`, `(batch_size, L)`).
+            unnorm_key (`str` or `list[str]`, *optional*): dataset whose robot acts, one for all or one per sample;
+                may be left out where the checkpoint knows one dataset.
+            clip_ids (`bool`): move an id of `generate` that lies outside its block to the block's nearest end, as the
+                published implementation does, instead of raising. Ids of `predict_action` never do.
+
+        Returns:
+            `np.ndarray` of shape `(batch_size, chunk_size, action_dim)`: float32, robot units.
+
+        Raises:
+            ValueError: the statistics are not known, or the ids are no chunk of actions.
+        """
+        if isinstance(output, VLAOutput):
+            if output.action_ids is None:
+                raise ValueError("Expected an output of predict_action, got a VLAOutput without `action_ids`.")
+            ids = output.action_ids.cpu().numpy()
+        else:
+            ids = self._generated_ids(output.sequences if isinstance(output, ModelOutput) else output)
+        if clip_ids:
+            low, stop = self.action_codec.tokenizer.id_ranges(self.action_codec.chunk_size).T
+            ids = np.clip(ids, low, stop - 1)
+        if not isinstance(unnorm_key, (list, tuple)):
+            return self.action_codec.decode(ids, unnorm_key)
+        if len(unnorm_key) != len(ids):
+            raise ValueError(f"Got {len(ids)} predictions and {len(unnorm_key)} unnorm_keys: give one per sample.")
+        return np.stack([self.action_codec.decode(row, key) for row, key in zip(ids, unnorm_key, strict=True)])
+
+    def _token_id(self, token: str) -> int:
+        index = self.tokenizer.convert_tokens_to_ids(token)
+        if index is None or index == self.tokenizer.unk_token_id:
+            raise ValueError(f"The tokenizer has no token {token!r}; it must hold <image> and every action token.")
+        return index
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        """`<image>` for every patch, `<bos>`, the instruction, a newline: the same in training and inference."""
+        text = text.removeprefix(IMAGE_TOKEN)
+        num_images = self.image_processor.image_seq_length
+        prompt = f"{IMAGE_TOKEN * num_images}{self.tokenizer.bos_token}{text}\n"
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if any(index >= self.action_token_begin or index == self.image_token_id for index in ids[num_images:]):
+            raise ValueError(f"Expected an instruction in words, got image or action tokens in it: {text!r}.")
+        return ids
+
+    def _padded(self, rows: list[list[int]], left: bool) -> dict[str, np.ndarray]:
+        length = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = [[pad] * (length - len(row)) + row if left else row + [pad] * (length - len(row)) for row in rows]
+        real = [[1] * len(row) for row in rows]
+        mask = [[0] * (length - len(row)) + row if left else row + [0] * (length - len(row)) for row in real]
+        return {"input_ids": np.array(ids), "attention_mask": np.array(mask)}
+
+    def _with_targets(self, prompts, actions, action_mask, keys) -> dict[str, np.ndarray]:
+        actions = np.asarray(actions)
+        actions = actions[None] if actions.ndim == 2 else actions
+        mask = np.ones(actions.shape[:2], bool) if action_mask is None else np.asarray(action_mask, bool)
+        mask = mask.reshape(-1, mask.shape[-1])
+        if len(actions) != len(prompts) or mask.shape != actions.shape[:2]:
+            raise ValueError(
+                f"Expected actions of shape ({len(prompts)}, T, D) and an action_mask of shape ({len(prompts)}, T), "
+                f"got {actions.shape} and {mask.shape}."
+            )
+        # What stands at a padded place is never learnt; zeros keep the encoder from stumbling over it.
+        actions = np.where(mask[..., None], actions, 0.0)
+        rows, labels, types = [], [], []
+        for prompt, chunk, real, key in zip(prompts, actions, mask, keys, strict=True):
+            ids = self.action_codec.encode(chunk, key) + self.action_token_begin
+            suffix = np.append(ids, self.tokenizer.eos_token_id)
+            supervised = np.append(np.repeat(real, len(ids) // len(real)), real.all())
+            rows.append(prompt + suffix.tolist())
+            labels.append([IGNORED] * len(prompt) + np.where(supervised, suffix, IGNORED).tolist())
+            types.append([0] * len(prompt) + [1] * len(suffix))
+        length = max(map(len, rows))
+        return {
+            **self._padded(rows, left=False),
+            "labels": np.array([row + [IGNORED] * (length - len(row)) for row in labels]),
+            "token_type_ids": np.array([row + [0] * (length - len(row)) for row in types]),
+        }
+
+    def _intrinsics(self, images, keys, intrinsics, size) -> np.ndarray | None:
+        """Camera matrix of every sample in pixels of the model's image; None where no camera is known at all."""
+        if intrinsics is not None:
+            matrices = np.broadcast_to(np.asarray(intrinsics, np.float64), (len(images), 3, 3))
+            cameras = [CameraSpec(None, *image.size, matrix) for image, matrix in zip(images, matrices, strict=True)]
+        else:
+            cameras = [self.camera(key) for key in keys]
+        if any(camera is None or camera.intrinsics is None for camera in cameras):
+            return None
+        height, width = size
+        return np.array([camera.scaled(width, height).intrinsics for camera in cameras], np.float32)
+
+    def camera(self, unnorm_key: str | None = None) -> CameraSpec | None:
+        """Camera of a dataset: its own, else the default; None where the checkpoint knows no camera.
+
+        Raises:
+            ValueError: the key is unknown, or there are several cameras, no default and no key.
+        """
+        if not self.cameras:
+            return None
+        if unnorm_key is None and len(self.action_codec.keys) == 1:
+            unnorm_key = self.action_codec.keys[0]
+        if unnorm_key in self.cameras:
+            return self.cameras[unnorm_key]
+        if unnorm_key is not None:
+            self.action_codec.resolve_key(unnorm_key)
+        if DEFAULT_CAMERA not in self.cameras:
+            raise ValueError(f"No camera for {unnorm_key!r}; this checkpoint knows those of {sorted(self.cameras)}.")
+        return self.cameras[DEFAULT_CAMERA]
+
+    def _generated_ids(self, token_ids) -> np.ndarray:
+        token_ids = np.atleast_2d(torch.as_tensor(token_ids).cpu().numpy())
+        end = (token_ids == self.tokenizer.eos_token_id).argmax(-1)
+        rows = [row[: stop or None] - self.action_token_begin for row, stop in zip(token_ids, end, strict=True)]
+        if len({len(row) for row in rows}) > 1:
+            raise ValueError(
+                f"Expected chunks of one length, got {[len(row) for row in rows]} tokens before the end token."
+            )
+        return np.stack(rows)
+
+
+def _is_batch(images) -> bool:
+    return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+
+
+def _resized_depth(depth, batch_size: int, size: tuple[int, int]) -> np.ndarray:
+    depth = torch.as_tensor(np.asarray(depth), dtype=torch.float32)
+    depth = depth[None] if depth.ndim == 2 else depth
+    if depth.ndim != 3 or len(depth) != batch_size:
+        raise ValueError(f"Expected depth of shape ({batch_size}, height, width) in metres, got {tuple(depth.shape)}.")
+    if not (torch.isfinite(depth) & (depth > 0)).all():
+        raise ValueError(
+            "Expected a depth above 0 metres in every pixel, got zero, negative, NaN or infinite ones: fill holes."
+        )
+    return F.interpolate(depth[:, None], size, mode="nearest-exact")[:, 0].numpy()
+
+
+def _from_published(published: dict) -> dict:
+    """Translate the published processor_config.json; its grid's own edges are kept, digit for digit."""
+    if published.get("num_obs_steps", 1) != 1:
+        raise ValueError(f"Expected a checkpoint that sees one frame, got num_obs_steps={published['num_obs_steps']}.")
+    grid = GaussianGridTokenizer.from_published(
+        published["action_config"], published["bin_policy"], published.get("min_sigma", 0.0)
+    )
+    cameras = {
+        key: CameraSpec(None, camera["width"], camera["height"], camera["intrinsic"]).to_dict()
+        for key, camera in published.get("intrinsic_config", {}).items()
+    }
+    return {
+        "statistics": published.get("statistics"),
+        "action_config": {
+            "chunk_size": published["action_chunk_size"],
+            "normalization": {"mode": "quantile", "clip": True, "convention": "spatialvla"},
+            "tokenizer": {"type": "gaussian_grid", **grid.to_dict()},
+        },
+        "camera_config": cameras,
+    }

@@ -1,0 +1,36 @@
+import pytest
+from huggingface_hub.errors import StrictDataclassClassValidationError
+
+from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
+
+
+def test_defaults_are_the_published_sizes():
+    config = SpatialVLAConfig()
+    assert config.action_block_sizes == [4096, 4096, 2] and config.spatial_token_num == 8194
+    assert config.action_token_begin_idx + config.spatial_token_num == config.text_config.vocab_size == 265347
+    assert config.num_image_tokens == 256 and config.use_ego3d
+
+
+@pytest.mark.parametrize("preset", ["4b", "tiny"])
+def test_round_trip(preset, tmp_path):
+    config = SpatialVLAConfig.from_preset(preset)
+    config.save_pretrained(tmp_path)
+    assert SpatialVLAConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match=r"No SpatialVLA preset 'huge'; there are \['4b', 'tiny'\]"):
+        SpatialVLAConfig.from_preset("huge")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"action_block_sizes": [1, 2]}, r"hold 3 tokens, but spatial_token_num is 1538"),
+        ({"action_token_begin_idx": 300}, r"do not fit a vocabulary of 1798: set text_config.vocab_size to 1838"),
+        ({"vision_config": {"model_type": "siglip_vision_model", "image_size": 85, "patch_size": 14}}, "no multiple"),
+    ],
+)
+def test_inconsistent_sizes(overrides, message):
+    with pytest.raises(StrictDataclassClassValidationError, match=message):
+        SpatialVLAConfig.from_preset("tiny", **overrides)
