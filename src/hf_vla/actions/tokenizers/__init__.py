@@ -1,0 +1,1 @@
+"""Action tokenizers: normalised action chunks to ids and back; numpy, no parameters."""

@@ -1,0 +1,41 @@
+import json
+import shutil
+
+import pytest
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from hf_vla.models.auto import FAMILIES, family_class
+
+PUBLISHED = {"spatialvla": "spatialvla/zoe1_spatial_chunk4/checkpoint"}
+REMOTE = {"AutoConfig": "configuration_x.X", "AutoModel": "modeling_x.X", "AutoProcessor": "processing_x.X"}
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def checkpoint(family, goldens, tmp_path):
+    """A published checkpoint that, like those on the Hub, also points to Python files of its own."""
+    shutil.copytree(goldens / PUBLISHED[family], tmp_path, dirs_exist_ok=True)
+    for name in ("config.json", "processor_config.json"):
+        content = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps(content | {"auto_map": REMOTE}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("trust", [{}, {"trust_remote_code": False}, {"trust_remote_code": True}])
+def test_installed_classes_win_over_remote_code(family, checkpoint, trust):
+    assert type(AutoConfig.from_pretrained(checkpoint, **trust)) is family_class(family, "configuration")
+    assert type(AutoProcessor.from_pretrained(checkpoint, **trust)) is family_class(family, "processing")
+    for auto_class in (AutoModel, AutoModelForImageTextToText):
+        assert type(auto_class.from_pretrained(checkpoint, **trust)) is family_class(family, "modeling")
+
+
+def test_what_the_auto_classes_save_they_load(family, checkpoint, tmp_path):
+    AutoModel.from_pretrained(checkpoint).save_pretrained(tmp_path / "saved")
+    AutoProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path / "saved")
+    assert type(AutoModel.from_pretrained(tmp_path / "saved")) is family_class(family, "modeling")
+    assert type(AutoProcessor.from_pretrained(tmp_path / "saved")) is family_class(family, "processing")
+    assert {file.suffix for file in (tmp_path / "saved").iterdir()} == {".json", ".safetensors"}
