@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import snapshot_download
 from scipy.fft import dct, idct
 from tokenizers import Tokenizer, decoders, models, trainers
 
@@ -105,16 +106,18 @@ class FastTokenizer(ActionTokenizer):
         """Load the files of a published FAST processor: `tokenizer.json` and `processor_config.json`.
 
         Args:
-            path (`str` or `Path`): the folder.
+            path (`str` or `Path`): a folder, or a name on the Hub such as `"physical-intelligence/fast"`.
             action_dim, horizon (`int`, *optional*): where the file leaves them null, as the published ones do.
 
         Raises:
             ValueError: a file is missing, or `action_dim` is neither given nor in the file.
         """
-        files = [Path(path) / name for name in ("tokenizer.json", "processor_config.json")]
+        names = ["tokenizer.json", "processor_config.json"]
+        folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path), allow_patterns=names))
+        files = [folder / name for name in names]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise ValueError(f"Expected a FAST processor's folder; {str(path)!r} has no {' and no '.join(missing)}.")
+            raise ValueError(f"Expected a FAST processor's files; {str(path)!r} has no {' and no '.join(missing)}.")
         bpe, config = (json.loads(file.read_text(encoding="utf-8")) for file in files)
         action_dim = action_dim or config.get("action_dim")
         if action_dim is None:

@@ -1,0 +1,1 @@
+"""Robot demonstrations as batches for training."""

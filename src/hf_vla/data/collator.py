@@ -1,0 +1,63 @@
+"""From a list of dataset items to the processor's batch."""
+
+from collections.abc import Sequence
+
+import torch
+
+from hf_vla.data import schema
+
+
+class VLACollator:
+    """Stacks dataset items and hands them to the processor, with their actions as training targets.
+
+    Args:
+        processor: a processor of this library; called with `images, text, unnorm_key, actions, action_mask`.
+        unnorm_key (`str`, *optional*): the dataset whose statistics normalise the actions.
+        camera (`str`): the camera to look through, with or without `observation.images.`.
+        with_state (`bool`, defaults to `False`): also hand over `observation.state`.
+
+    """
+
+    def __init__(self, processor, unnorm_key: str | None, camera: str, with_state: bool = False):
+        self.processor = processor
+        self.unnorm_key = unnorm_key
+        self.camera = schema.camera_key(camera)
+        self.with_state = with_state
+
+    def __call__(self, items: Sequence[dict]):
+        """Make a training batch.
+
+        Raises:
+            ValueError: the items lack the camera, the actions' padding or the state.
+        """
+        targets = self._targets(items)
+        return self._process(items, **targets)
+
+    def prompts(self, items: Sequence[dict]) -> dict:
+        """Make a batch to predict on: the prompts as `inputs`, beside `actions` and `action_mask` to compare with."""
+        return {**self._targets(items), "inputs": dict(self._process(items))}
+
+    def _targets(self, items):
+        needed = [self.camera, schema.ACTION, schema.ACTION + schema.PAD_SUFFIX] + [schema.STATE] * self.with_state
+        missing = [key for key in needed if key not in items[0]]
+        if missing:
+            raise ValueError(
+                f"The items hold no {missing}, only {sorted(items[0])}; "
+                "actions need delta_timestamps for their chunk, cameras must be among those decoded."
+            )
+        return {
+            "actions": torch.stack([item[schema.ACTION] for item in items]),
+            # The dataset marks what is padding, everything above it marks what is real: inverted here and only here.
+            "action_mask": ~torch.stack([item[schema.ACTION + schema.PAD_SUFFIX] for item in items]),
+        }
+
+    def _process(self, items, **targets):
+        state = {"state": torch.stack([item[schema.STATE] for item in items])} if self.with_state else {}
+        return self.processor(
+            images=[item[self.camera] for item in items],
+            text=[item[schema.TASK] for item in items],
+            unnorm_key=self.unnorm_key,
+            return_tensors="pt",
+            **targets,
+            **state,
+        )

@@ -1,0 +1,249 @@
+"""LeRobot datasets, version 2.1 and 3.0, as a torch dataset that equals LeRobot's own output."""
+
+import io
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from operator import index as as_index
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from hf_vla.data import schema
+from hf_vla.data.video import VideoFrames
+
+
+class LeRobotEpisodes(Dataset):
+    """Rows of a LeRobot dataset, with windows over time where they are asked for.
+
+    An item holds LeRobot's own keys: cameras float32 `(3, height, width)` in [0, 1], columns float32 or int64 (a shape
+    of (1,) as a scalar), `task` as text. A key in `delta_timestamps` gets a leading time axis and a boolean
+    `<key>_is_pad`, True where the window leaves the episode; there the nearest row of the episode is repeated.
+
+    Args:
+        source (`str` or `Path`): the folder of the dataset, or its name on the Hub.
+        delta_timestamps (`dict[str, list[float]]`, *optional*): column -> seconds relative to the row, multiples of
+            1 / fps.
+        episodes (`Iterable[int]`, *optional*): the episodes to read; all of them by default.
+        cameras (`Sequence[str]`, *optional*): the cameras to decode, with or without `observation.images.`; all of
+            them by default.
+        revision (`str`, *optional*): branch, tag or commit of a dataset on the Hub.
+
+    Raises:
+        FileNotFoundError: a file of the dataset is missing.
+        ValueError: unknown version, camera, episode or column; a delta that is no multiple of 1 / fps; actions or
+            observations that are NaN or infinite; rows that disagree with the table of episodes.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        delta_timestamps: dict[str, Sequence[float]] | None = None,
+        episodes: Iterable[int] | None = None,
+        cameras: Sequence[str] | None = None,
+        revision: str | None = None,
+    ):
+        self.name = str(source)
+        self.root = _local_folder(source, revision)
+        self.info = schema.read_info(self.root)
+        self.tasks = schema.read_tasks(self.root, self.info)
+        self.camera_keys = self._select_cameras(cameras)
+        self.episodes = self._select_episodes(episodes)
+        self.features = {
+            key: feature
+            for key, feature in self.info.features.items()
+            if key in self.camera_keys or key not in self.info.camera_keys
+        }
+        self._deltas = self._delta_indices(delta_timestamps or {})
+        self._columns, self._rows = self._read_columns()
+        self._videos = VideoFrames()
+
+    @property
+    def fps(self) -> float:
+        """Rows per second."""
+        return self.info.fps
+
+    @property
+    def num_episodes(self) -> int:
+        """Number of the episodes read."""
+        return len(self.episodes)
+
+    @property
+    def num_frames(self) -> int:
+        """Number of rows."""
+        return len(self)
+
+    @cached_property
+    def episode_starts(self) -> np.ndarray:
+        """First row of every episode, and the number of rows at the end: `(num_episodes + 1,)`."""
+        return np.cumsum([0] + [episode.length for episode in self.episodes])
+
+    @cached_property
+    def statistics(self) -> dict[str, dict[str, np.ndarray]]:
+        """The dataset's own statistics over all its episodes: key -> {"mean", "std", "min", "max", "count", ...}."""
+        return schema.read_statistics(self.root, self.info)
+
+    def column(self, key: str) -> np.ndarray:
+        """Return a column without decoding anything: `(num_frames, *shape)`, read-only."""
+        if key not in self._columns:
+            raise ValueError(f"{self.name}: no column {key!r}; it has {sorted(self._columns)}.")
+        view = self._columns[key].view()
+        view.flags.writeable = False
+        return view
+
+    def windows(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return every row's window of a column.
+
+        Returns:
+            `tuple` of `np.ndarray`: values `(num_frames, window, *shape)` and padding `(num_frames, window)`, bool.
+        """
+        column = self.column(key)
+        if key not in self._deltas:
+            raise ValueError(f"{self.name}: {key!r} has no window; give delta_timestamps for it.")
+        rows, is_pad = self._window(np.arange(len(self)), key)
+        return column[rows], is_pad
+
+    def __len__(self) -> int:
+        return int(self.episode_starts[-1])
+
+    def __getitem__(self, index: int) -> dict:
+        row = as_index(index)
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"{self.name}: row {row} of {len(self)}")
+        row %= len(self)
+        windows = {key: self._window(row, key) for key in self._deltas}
+        item = {key: self._pictures(row, key, windows) for key in self.camera_keys}
+        for key, column in self._columns.items():
+            if key in windows:
+                item[key] = torch.from_numpy(column[windows[key][0]])
+            else:
+                item[key] = column[row] if column.dtype == object else torch.tensor(column[row])
+        for key, (_, is_pad) in windows.items():
+            item[key + schema.PAD_SUFFIX] = torch.from_numpy(is_pad)
+        item[schema.TASK] = self.tasks[self._columns["task_index"][row]]
+        return item
+
+    def _episode_of(self, rows):
+        return np.searchsorted(self.episode_starts, rows, side="right") - 1
+
+    def _window(self, rows, key: str) -> tuple[np.ndarray, np.ndarray]:
+        position = self._episode_of(rows)
+        first, last = self.episode_starts[position], self.episode_starts[position + 1] - 1
+        wanted = np.expand_dims(rows, -1) + self._deltas[key]
+        inside = np.minimum(np.maximum(wanted, np.expand_dims(first, -1)), np.expand_dims(last, -1))
+        return inside, inside != wanted
+
+    def _pictures(self, row: int, key: str, windows: dict) -> torch.Tensor:
+        rows = windows[key][0] if key in windows else [row]
+        if self.features[key]["dtype"] == "video":
+            pictures = self._video_frames(row, rows, key)
+        else:
+            pictures = np.stack([self._image(int(self._rows[frame]), key) for frame in rows])
+        pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float().div_(255)
+        return pictures if key in windows else pictures[0]
+
+    def _video_frames(self, row: int, rows, key: str) -> np.ndarray:
+        episode = self.episodes[self._episode_of(row)]
+        path, start = episode.videos[key]
+        try:
+            return self._videos.read(path, [start + float(time) for time in self._columns["timestamp"][rows]])
+        except (ValueError, OSError) as error:
+            frame = self._columns["frame_index"][row]
+            raise type(error)(f"{self.name}, episode {episode.index}, frame {frame}, {key}: {error}") from error
+
+    def _image(self, row: int, key: str) -> np.ndarray:
+        with Image.open(io.BytesIO(self._images.data[key][row]["bytes"].as_py())) as image:
+            return np.asarray(image.convert("RGB"))
+
+    @cached_property
+    def _images(self):
+        import datasets
+
+        # Memory-mapped by `datasets`: pictures in parquet are too many for memory, and parquet has no random access.
+        files = [str(path) for path in schema.data_files(self.root, self.info)]
+        cameras = [key for key in self.camera_keys if self.features[key]["dtype"] == "image"]
+        return datasets.load_dataset("parquet", data_files=files, columns=cameras, split="train")
+
+    def _select_cameras(self, cameras: Sequence[str] | None) -> list[str]:
+        known = self.info.camera_keys
+        if cameras is None:
+            return known
+        if isinstance(cameras, str):
+            raise ValueError(f"cameras should be a list of names, came the text {cameras!r}; write [{cameras!r}].")
+        wanted = {camera if camera in known else schema.camera_key(camera) for camera in cameras}
+        if not wanted <= set(known):
+            raise ValueError(f"{self.name}: no camera {sorted(wanted - set(known))}; it has {known}.")
+        return [key for key in known if key in wanted]
+
+    def _select_episodes(self, episodes: Iterable[int] | None) -> list[schema.Episode]:
+        known = schema.read_episodes(self.root, self.info)
+        if episodes is None:
+            return known
+        wanted = {as_index(number) for number in episodes}
+        unknown = sorted(wanted - {episode.index for episode in known})
+        if unknown or not wanted:
+            raise ValueError(
+                f"{self.name}: expected episodes of its {len(known)}, {known[0].index} to {known[-1].index}, "
+                f"came {unknown or 'none'}."
+            )
+        return [episode for episode in known if episode.index in wanted]
+
+    def _delta_indices(self, delta_timestamps: dict[str, Sequence[float]]) -> dict[str, np.ndarray]:
+        deltas = {}
+        for key, seconds in delta_timestamps.items():
+            if self.features.get(key, {"dtype": "string"})["dtype"] == "string":
+                raise ValueError(
+                    f"{self.name}: no column {key!r} to take a window of; it reads {sorted(self.features)}."
+                )
+            steps = np.asarray(seconds, dtype=np.float64) * self.fps
+            wrong = np.abs(steps - np.round(steps)) / self.fps > schema.TOLERANCE_S
+            if wrong.any():
+                raise ValueError(
+                    f"{self.name}: delta_timestamps of {key!r} should be multiples of 1/{self.fps} s, "
+                    f"came {np.asarray(seconds)[wrong].tolist()}."
+                )
+            deltas[key] = np.round(steps).astype(np.int64)
+        return deltas
+
+    def _read_columns(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Return the columns in order of the rows' own number, and each row's place in the files."""
+        features = {key: feature for key, feature in self.info.features.items() if key not in self.info.camera_keys}
+        columns = schema.read_columns(schema.data_files(self.root, self.info), features)
+        rows = np.argsort(columns["index"], kind="stable")
+        rows = rows[np.isin(columns["episode_index"][rows], [episode.index for episode in self.episodes])]
+        columns = {key: column[rows] for key, column in columns.items()}
+        for position, episode in enumerate(self.episodes):
+            first, last = self.episode_starts[position : position + 2]
+            if (columns["episode_index"][first:last] == episode.index).sum() != episode.length or len(rows) < last:
+                count = (columns["episode_index"] == episode.index).sum()
+                raise ValueError(
+                    f"{self.name}: the table of episodes gives episode {episode.index} {episode.length} rows, "
+                    f"the data files have {count} for it; the dataset was not written completely."
+                )
+        self._check_finite(columns)
+        return columns, rows
+
+    def _check_finite(self, columns: dict[str, np.ndarray]):
+        for key, column in columns.items():
+            if key.startswith((schema.ACTION, "observation.")) and column.dtype.kind == "f":
+                rows = np.argwhere(~np.isfinite(column))
+                if len(rows):
+                    row = rows[0, 0]
+                    raise ValueError(
+                        f"{self.name}: {key!r} is NaN or infinite in {len(np.unique(rows[:, 0]))} row(s), first in "
+                        f"episode {columns['episode_index'][row]}, frame {columns['frame_index'][row]}; "
+                        "leave the episode out with `episodes` or mend the data."
+                    )
+
+
+def _local_folder(source: str | Path, revision: str | None) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if not isinstance(source, str) or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise FileNotFoundError(f"{source}: no such folder, and no dataset name of the form owner/name either.")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, repo_type="dataset", revision=revision))

@@ -1,0 +1,226 @@
+"""The files of a LeRobot dataset (v2.1 and v3.0): what is where, read and checked once.
+
+Source: https://huggingface.co/docs/lerobot/lerobot-dataset-v3
+"""
+
+import json
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+ACTION = "action"
+STATE = "observation.state"
+IMAGES = "observation.images."
+TASK = "task"
+PAD_SUFFIX = "_is_pad"
+VERSIONS = ("v2.1", "v3.0")
+# Seconds by which a timestamp may miss a video frame, and a delta a multiple of 1 / fps (LeRobot's own tolerance).
+TOLERANCE_S = 1e-4
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What `meta/info.json` says.
+
+    Args:
+        codebase_version (`str`): "v2.1" or "v3.0".
+        fps (`float`): rows per second.
+        features (`dict`): column name -> {"dtype", "shape", "names"}.
+        data_path (`str`): template of the parquet files.
+        video_path (`str`, *optional*): template of the video files.
+        chunks_size (`int`): files (v2.1: episodes) per chunk folder.
+        robot_type (`str`, *optional*): name of the robot.
+    """
+
+    codebase_version: str
+    fps: float
+    features: dict[str, dict]
+    data_path: str
+    video_path: str | None = None
+    chunks_size: int = 1000
+    robot_type: str | None = None
+
+    @property
+    def camera_keys(self) -> list[str]:
+        """Columns that hold pictures, as video or as images."""
+        return [key for key, feature in self.features.items() if feature["dtype"] in ("video", "image")]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One episode: its number, its rows, and where each camera's pictures are (file, start in seconds)."""
+
+    index: int
+    length: int
+    videos: dict[str, tuple[Path, float]]
+
+
+def camera_key(name: str) -> str:
+    """Return a camera's column name: `wrist` and `observation.images.wrist` are the same camera."""
+    return name if name.startswith(IMAGES) else IMAGES + name
+
+
+def read_info(root: Path) -> DatasetInfo:
+    """Read and check `meta/info.json`.
+
+    Raises:
+        FileNotFoundError: the folder holds no LeRobot dataset.
+        ValueError: another format version, or an entry is missing.
+    """
+    info = _read_json(root, "meta/info.json")
+    version = info.get("codebase_version")
+    if version not in VERSIONS:
+        raise ValueError(
+            f"{root}: expected a LeRobot dataset of version {' or '.join(VERSIONS)}, came {version!r}; "
+            "convert it with LeRobot's own converter."
+        )
+    known = [field.name for field in fields(DatasetInfo)]
+    missing = [name for name in ("fps", "features", "data_path") if not info.get(name)]
+    videos = [key for key, feature in info.get("features", {}).items() if feature["dtype"] == "video"]
+    if videos and not info.get("video_path"):
+        missing.append("video_path")
+    if missing:
+        raise ValueError(f"{root / 'meta/info.json'}: {missing} missing; the dataset was not written completely.")
+    return DatasetInfo(**{name: info[name] for name in known if name in info})
+
+
+def read_tasks(root: Path, info: DatasetInfo) -> list[str]:
+    """Read the instructions; the position in the list is `task_index`."""
+    if info.codebase_version == "v2.1":
+        tasks = {row["task_index"]: row["task"] for row in _read_jsonl(root, "meta/tasks.jsonl")}
+        return [tasks.get(index, "") for index in range(max(tasks, default=-1) + 1)]
+    table = pq.read_table(_existing(root, "meta/tasks.parquet"))
+    # LeRobot up to 0.4 writes the text as an unnamed pandas index, later versions name it.
+    column = next((name for name in ("task", "__index_level_0__") if name in table.column_names), None)
+    if column is None:
+        raise ValueError(f"{root / 'meta/tasks.parquet'}: expected a column 'task', came {table.column_names}.")
+    return table[column].to_pylist()
+
+
+def read_episodes(root: Path, info: DatasetInfo) -> list[Episode]:
+    """Read the table of episodes, in order."""
+    videos = [key for key in info.camera_keys if info.features[key]["dtype"] == "video"]
+    episodes = []
+    if info.codebase_version == "v2.1":
+        for row in _read_jsonl(root, "meta/episodes.jsonl"):
+            index = row["episode_index"]
+            place = {"episode_chunk": index // info.chunks_size, "episode_index": index}
+            files = {key: (root / info.video_path.format(video_key=key, **place), 0.0) for key in videos}
+            episodes.append(Episode(index, row["length"], files))
+    else:
+        parts = ("chunk_index", "file_index", "from_timestamp")
+        columns = ["episode_index", "length", *(f"videos/{key}/{part}" for key in videos for part in parts)]
+        for row in _read_parquets(root, "meta/episodes/*/*.parquet", columns).to_pylist():
+            files = {}
+            for key in videos:
+                chunk, file, start = (row[f"videos/{key}/{part}"] for part in parts)
+                files[key] = (root / info.video_path.format(video_key=key, chunk_index=chunk, file_index=file), start)
+            episodes.append(Episode(row["episode_index"], row["length"], files))
+    return sorted(episodes, key=lambda episode: episode.index)
+
+
+def data_files(root: Path, info: DatasetInfo) -> list[Path]:
+    """Return every parquet file of rows, in the order of their names.
+
+    LeRobot 0.4's converter writes wrong file numbers into the table of episodes: the files are listed, not looked up.
+    """
+    pattern = re.sub(r"\{[^}]*\}", "*", info.data_path)
+    return _glob(root, pattern)
+
+
+def read_columns(files: list[Path], features: dict[str, dict]) -> dict[str, np.ndarray]:
+    """Read the rows of some columns.
+
+    Returns:
+        `dict` of `np.ndarray` of shape `(rows, *shape)`, a shape of (1,) as `(rows,)`; floats are float32, whole
+        numbers int64, text objects.
+
+    Raises:
+        ValueError: a column is missing, or its rows do not have the shape that `meta/info.json` gives.
+    """
+    names = pq.read_schema(files[0]).names
+    missing = sorted(set(features) - set(names))
+    if missing:
+        raise ValueError(f"{files[0]}: meta/info.json declares the columns {missing}, the file has {names}.")
+    table = pq.read_table(files, columns=list(features))
+    columns = {}
+    for key, feature in features.items():
+        values = table[key].combine_chunks()
+        while values.type.num_fields:  # lists in lists for a feature of several axes
+            values = values.flatten()
+        values = values.to_numpy(zero_copy_only=False)
+        if values.dtype.kind in "fiu":
+            values = values.astype(np.float32 if values.dtype.kind == "f" else np.int64, copy=False)
+        shape = () if tuple(feature["shape"]) == (1,) else tuple(feature["shape"])
+        if values.size != table.num_rows * int(np.prod(shape)):
+            raise ValueError(
+                f"{files[0].parent.parent}: column {key!r} should hold {table.num_rows} rows of shape {shape}, "
+                f"but holds {values.size} values."
+            )
+        columns[key] = values.reshape(table.num_rows, *shape)
+    return columns
+
+
+def read_statistics(root: Path, info: DatasetInfo) -> dict[str, dict[str, np.ndarray]]:
+    """Read the dataset's own statistics: column -> {"mean", "std", "min", "max", "count", ...}."""
+    if info.codebase_version == "v2.1":
+        return merge_statistics([row["stats"] for row in _read_jsonl(root, "meta/episodes_stats.jsonl")])
+    stats = _read_json(root, "meta/stats.json")
+    return {key: {name: np.asarray(value) for name, value in entry.items()} for key, entry in stats.items()}
+
+
+def merge_statistics(parts: list[dict[str, dict]]) -> dict[str, dict[str, np.ndarray]]:
+    """Merge the statistics of disjoint sets of rows, exactly.
+
+    The variance of the whole is the mean of the variances plus the variance of the means, each weighted by its rows.
+    """
+    merged = {}
+    for key in parts[0]:
+        stacked = {name: np.stack([np.asarray(part[key][name]) for part in parts]) for name in parts[0][key]}
+        mean, std, count = stacked["mean"], stacked["std"], stacked["count"]
+        weight = count.reshape(-1, *[1] * (mean.ndim - 1)) / count.sum()
+        total = (weight * mean).sum(0)
+        merged[key] = {
+            "min": stacked["min"].min(0),
+            "max": stacked["max"].max(0),
+            "mean": total,
+            "std": np.sqrt((weight * (std**2 + (mean - total) ** 2)).sum(0)),
+            "count": count.sum(0),
+        }
+    return merged
+
+
+def _existing(root: Path, name: str) -> Path:
+    path = root / name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: expected the root folder of a LeRobot dataset of version {' or '.join(VERSIONS)}."
+        )
+    return path
+
+
+def _glob(root: Path, pattern: str) -> list[Path]:
+    files = sorted(root.glob(pattern))
+    if not files:
+        raise FileNotFoundError(f"{root / pattern}: no such file; the dataset is incomplete.")
+    return files
+
+
+def _read_json(root: Path, name: str) -> dict:
+    return json.loads(_existing(root, name).read_text(encoding="utf-8"))
+
+
+def _read_jsonl(root: Path, name: str) -> list[dict]:
+    lines = _existing(root, name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def _read_parquets(root: Path, pattern: str, columns: list[str]):
+    files = _glob(root, pattern)
+    missing = sorted(set(columns) - set(pq.read_schema(files[0]).names))
+    if missing:
+        raise ValueError(f"{files[0]}: the columns {missing} are missing; the dataset was not written completely.")
+    return pq.read_table(files, columns=columns)

@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from hf_vla.data.collator import VLACollator
+from hf_vla.data.lerobot import LeRobotEpisodes
+
+
+class Recorder:
+    """Stands in for a processor: hands back what it was given."""
+
+    def __call__(self, **given):
+        return given
+
+
+@pytest.fixture
+def dataset(goldens):
+    return LeRobotEpisodes(
+        goldens / "lerobot" / "datasets" / "v30_video_av1", {"action": [0.0, 0.1, 0.2, 0.3]}, cameras=["wrist"]
+    )
+
+
+def test_a_batch_is_what_the_processor_takes(dataset):
+    items = [dataset[0], dataset[23]]  # the second is two rows from its episode's end
+    batch = VLACollator(Recorder(), "blocks", "wrist")(items)
+    assert batch.keys() == {"images", "text", "actions", "action_mask", "unnorm_key", "return_tensors"}
+    assert [image.shape for image in batch["images"]] == [(3, 72, 72)] * 2
+    assert batch["text"] == ["pick up the red block"] * 2
+    assert torch.equal(batch["actions"], torch.stack([item["action"] for item in items]))
+    assert batch["action_mask"].tolist() == [[True] * 4, [True, True, False, False]]
+    assert (batch["unnorm_key"], batch["return_tensors"]) == ("blocks", "pt")
+
+
+def test_the_state_is_passed_when_it_is_asked_for(dataset):
+    batch = VLACollator(Recorder(), "blocks", "observation.images.wrist", with_state=True)([dataset[0], dataset[1]])
+    assert batch["state"].shape == (2, 7)
+
+
+def test_missing_keys_are_errors_that_list_what_is_there(dataset):
+    with pytest.raises(ValueError, match=r"hold no \['observation.images.top'\].*images.wrist"):
+        VLACollator(Recorder(), "blocks", "top")([dataset[0]])
+    without = LeRobotEpisodes(dataset.root, cameras=["wrist"])
+    with pytest.raises(ValueError, match=r"hold no \['action_is_pad'\].*delta_timestamps"):
+        VLACollator(Recorder(), "blocks", "wrist")([without[0]])
+
+
+def test_prompts_hold_no_targets_but_keep_them_beside(dataset):
+    items = [dataset[0], dataset[23]]
+    collator = VLACollator(Recorder(), "blocks", "wrist")
+    training, batch = collator(items), collator.prompts(items)
+    assert batch["inputs"].keys() == {"images", "text", "unnorm_key", "return_tensors"}
+    assert torch.equal(batch["actions"], training["actions"])
+    assert torch.equal(batch["action_mask"], training["action_mask"])
