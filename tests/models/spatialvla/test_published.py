@@ -27,15 +27,17 @@ def test_depth_and_image_features(published):
 
 
 def test_recorded_depth_replaces_the_depth_model(published):
-    if not published.model.config.use_vision_zoe:
-        pytest.skip("this checkpoint has no depth")
-    published.model.vision_zoe_model.forward = None  # calling it would raise
+    model, infer = published.model, published.infer
+    if not model.config.use_vision_zoe:
+        with pytest.raises(ValueError, match="no 3-D positions and would ignore `depth`"):
+            model.get_image_features(infer["pixel_values"], infer["intrinsics"], torch.ones(2, 28, 28))
+        return
+    model.vision_zoe_model.forward = None  # calling it would raise
     try:
-        features = published.model.get_image_features(
-            published.infer["pixel_values"], published.infer["intrinsics"], published.outputs["depth"][:, 0]
-        )
+        depth = published.outputs["depth"][:, 0]
+        features = model.get_image_features(infer["pixel_values"], infer["intrinsics"], depth)
     finally:
-        del published.model.vision_zoe_model.forward
+        del model.vision_zoe_model.forward
     close(features, published.outputs["image_features"], 5e-5)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForDepthEstimation
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import can_return_tuple
@@ -195,9 +196,12 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
             `torch.Tensor` of shape `(batch_size, num_patches, hidden_size)`.
 
         Raises:
-            ValueError: intrinsics or depth are needed and missing, or depth has another shape than the image.
+            ValueError: intrinsics or depth are needed and missing, or depth is of no use or of another shape than the
+                image.
         """
         features = self.vision_tower(((pixel_values - 0.5) / 0.5).to(self.vision_tower.dtype)).last_hidden_state
+        if depth is not None and not self.config.use_ego3d:
+            raise ValueError("This checkpoint encodes no 3-D positions and would ignore `depth`; leave it out.")
         if self.config.use_ego3d:
             if intrinsics is None:
                 raise ValueError(
@@ -477,3 +481,7 @@ def _read_published_grid(config: SpatialVLAConfig, processor_config: dict) -> No
         bins["gripper"],
     ]
     config.validate_architecture()
+
+
+# Only for registered models does peft translate adapters of older layouts; the backbones bring the translations along.
+register_checkpoint_conversion_mapping(SpatialVLAConfig.model_type, [], overwrite=True)

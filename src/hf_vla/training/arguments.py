@@ -1,0 +1,258 @@
+"""A training recipe: a YAML file with the sections model, data and training, and dotted overrides."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+import yaml
+from huggingface_hub.dataclasses import type_validator
+from transformers import TrainingArguments
+
+from hf_vla.actions.spec import GripperSpec
+
+
+@dataclass
+class LoraArguments:
+    """LoRA; the defaults are SpatialVLA's published ones.
+
+    Args:
+        r (`int`): rank.
+        alpha (`int`): scale; the update is multiplied by alpha / r.
+        dropout (`float`): dropout before the adapter.
+    """
+
+    r: int = 32
+    alpha: int = 32
+    dropout: float = 0.0
+
+
+@dataclass
+class GridArguments:
+    """The action grid to fit, see [`~hf_vla.actions.tokenizers.gaussian_grid.GaussianGridTokenizer`].
+
+    Args:
+        num_bins (`list[int]`, *optional*): bins of each axis; the published 16, 32, 8, 16, 16, 16 by default, or the
+            checkpoint's where its grid is adapted.
+        distribution (`str`): what the bins shall hold equal shares of.
+        min_sigma (`float`): floor of the Gaussians' standard deviation.
+    """
+
+    num_bins: list[int] | None = None
+    distribution: str = "gaussian"
+    min_sigma: float = 0.0
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train: a new one of a preset size, or a pretrained checkpoint.
+
+    Args:
+        preset (`str`, *optional*): size of a new model, "tiny" or "4b".
+        path (`str`, *optional*): folder or Hub name of a checkpoint. Its text embedding stays frozen, as published.
+        dtype (`str`): of the weights, "float32" or "bfloat16".
+        grid (`GridArguments`, *optional*): the grid to fit, for a preset or with `adapt_grid`.
+        adapt_grid (`bool`): fit a checkpoint's grid anew to this dataset and move its spatial embeddings along.
+        lora (`LoraArguments`, *optional*): train adapters instead of the weights.
+    """
+
+    preset: str | None = None
+    path: str | None = None
+    dtype: str = "float32"
+    grid: GridArguments | None = None
+    adapt_grid: bool = False
+    lora: LoraArguments | None = None
+
+    def __post_init__(self):
+        if (self.preset is None) == (self.path is None):
+            raise ValueError(f"Expected model.preset or model.path, came preset={self.preset!r}, path={self.path!r}.")
+        if self.preset is not None and (self.adapt_grid or self.lora is not None):
+            raise ValueError(
+                "model.adapt_grid and model.lora build on a checkpoint: give model.path, no model.preset."
+            )
+        if self.path is not None and self.grid is not None and not self.adapt_grid:
+            raise ValueError("A checkpoint keeps its own grid: leave model.grid out, or set model.adapt_grid: true.")
+
+
+@dataclass
+class CameraArguments:
+    """The camera to look through and its calibration.
+
+    Args:
+        name (`str`): with or without `observation.images.`.
+        fovy (`float`, *optional*): vertical field of view in degrees, of square pixels around the image's centre.
+        intrinsics (`list`, *optional*): 3 x 3 pinhole matrix in pixels of the recorded image, instead of `fovy`.
+    """
+
+    name: str
+    fovy: float | None = None
+    intrinsics: list[list[float | int]] | None = None
+
+    def __post_init__(self):
+        if self.fovy is not None and self.intrinsics is not None:
+            raise ValueError("Expected data.camera.fovy or data.camera.intrinsics, came both.")
+        if self.fovy is not None and not 0 < self.fovy < 180:
+            raise ValueError(f"Expected data.camera.fovy between 0 and 180 degrees, came {self.fovy}.")
+
+
+@dataclass
+class ActionArguments:
+    """What the actions mean, see [`~hf_vla.actions.spec.ActionSpec`]; names and rate come from the dataset."""
+
+    kind: str
+    rotation: str | None = None
+    frame: str | None = None
+    gripper: GripperSpec | None = None
+
+
+@dataclass
+class DataArguments:
+    """The dataset.
+
+    Args:
+        source (`str`): folder or Hub name of a LeRobot dataset.
+        camera (`CameraArguments`): the camera to look through.
+        action (`ActionArguments`): what the actions mean.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        unnorm_key (`str`, *optional*): the dataset's name in the checkpoint; the last part of `source` by default.
+        chunk_size (`int`): actions that one prediction holds.
+        eval_episodes (`list[int]`): episodes kept from training, for evaluation.
+    """
+
+    source: str
+    camera: CameraArguments
+    action: ActionArguments
+    revision: str | None = None
+    unnorm_key: str | None = None
+    chunk_size: int = 4
+    eval_episodes: list[int] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.unnorm_key = self.unnorm_key or Path(self.source).name
+
+
+@dataclass
+class VLATrainingArguments(TrainingArguments):
+    """[`~transformers.TrainingArguments`] with other defaults.
+
+    Args:
+        eval_action_samples (`int`): frames, evenly spread over the held-out episodes, on which an evaluation predicts
+            actions and compares them with the recorded ones.
+        resume_from_checkpoint (`bool` or `str`, *optional*): true goes on from the last complete checkpoint in
+            `output_dir`, if there is one; a folder from that one.
+    """
+
+    output_dir: str = "outputs/train"
+    eval_action_samples: int = 64
+    resume_from_checkpoint: bool | str | None = None
+    remove_unused_columns: bool = False  # the collator, not the model, knows which columns it needs
+    prediction_loss_only: bool = True  # logits over the vocabulary would fill the memory
+    logging_nan_inf_filter: bool = False  # a loss of NaN must show
+    dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)  # else torch only warns
+
+
+@dataclass
+class Recipe:
+    """A whole training run."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: VLATrainingArguments
+
+
+def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path (`str` or `Path`): a YAML file.
+        overrides (`dict`, *optional*): dotted name -> value, for example `{"training.max_steps": 20}`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a name is unknown or missing, or a value has the wrong type.
+    """
+    values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
+    for name, value in (overrides or {}).items():
+        *sections, last = name.split(".")
+        section = values
+        for part in sections:
+            if section.get(part) is None:
+                section[part] = {}
+            section = section[part]
+            if not isinstance(section, dict):
+                raise ValueError(f"{name}: {part!r} is a value, not a section with names in it.")
+        section[last] = value
+    return _build(Recipe, values, "")
+
+
+def parse_recipe(arguments: Sequence[str]) -> Recipe:
+    """Read a recipe as the command line names it: `--config FILE --training.max_steps 20 --data.chunk_size=8`."""
+    parser = argparse.ArgumentParser(
+        description="Train a VLA. Every value of the recipe can be given as --section.name VALUE.", allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="recipe in YAML, see scripts/recipes")
+    known, rest = parser.parse_known_args(arguments)
+    overrides = {}
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--") or "." not in name:
+            parser.error(f"expected --section.name VALUE, came {name!r}")
+        if not equals:
+            if not rest:
+                parser.error(f"{name} has no value")
+            value = rest.pop(0)
+        overrides[name[2:]] = yaml.load(value, _Loader)
+    return load_recipe(known.config, overrides)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 5e-4 for a text and `no` for false; a recipe means a number and a word, as in YAML 1.2."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _build(cls, values, where):
+    if not isinstance(values, dict):
+        raise ValueError(f"{where or 'The recipe'}: expected names with values, came {values!r}.")
+    prefix = f"{where}." if where else ""
+    known = [item for item in fields(cls) if item.init]
+    names = [item.name for item in known]
+    for name in values:
+        if name not in names:
+            close = get_close_matches(str(name), names, n=1)
+            hint = f" Did you mean {prefix}{close[0]}?" if close else f" There are {names}."
+            raise ValueError(f"Unknown name {prefix}{name} in the recipe.{hint}")
+    for item in known:
+        if item.default is MISSING and item.default_factory is MISSING and item.name not in values:
+            raise ValueError(f"The recipe lacks {prefix}{item.name}.")
+    hints = get_type_hints(cls)
+    return cls(**{name: _value(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
+
+
+def _value(hint, value, name):
+    kinds = get_args(hint) or (hint,)
+    section = next((kind for kind in kinds if is_dataclass(kind)), None)
+    if section is not None and value is not None:
+        return _build(section, value, name)
+    if float in kinds and type(value) is int:
+        value = float(value)
+    try:
+        type_validator(name, value, hint)
+    except TypeError as error:
+        raise ValueError(f"{name}: expected {getattr(hint, '__name__', hint)}, came {value!r}.") from error
+    return value

@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import pytest
+
+from hf_vla.training.arguments import GridArguments, LoraArguments, load_recipe, parse_recipe
+
+RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
+TINY = RECIPES / "spatialvla_tiny.yaml"
+
+
+def test_the_tiny_recipe_reads_in_full():
+    recipe = load_recipe(TINY)
+    assert recipe.model.preset == "tiny"
+    assert recipe.model.grid == GridArguments([8, 16, 8, 8, 8, 8])
+    assert (recipe.data.unnorm_key, recipe.data.chunk_size, recipe.data.camera.fovy) == ("robosuite_demos", 4, 45.0)
+    assert (recipe.data.action.gripper.index, recipe.data.action.gripper.closed) == (6, 1.0)
+    assert recipe.training.learning_rate == 1e-3
+    assert not recipe.training.remove_unused_columns
+
+
+def test_the_lora_recipe_has_the_published_hyper_parameters():
+    recipe = load_recipe(RECIPES / "spatialvla_lora.yaml", {"training.use_cpu": True})
+    training = recipe.training
+    assert recipe.model.lora == LoraArguments(r=32, alpha=32, dropout=0.0)
+    assert (training.learning_rate, training.warmup_steps, training.weight_decay) == (5e-4, 0.005, 0.0)
+    assert (training.num_train_epochs, training.lr_scheduler_type) == (50, "linear")
+    assert training.bf16 and training.activation_checkpointing
+    assert (training.per_device_train_batch_size, recipe.data.chunk_size) == (32, 4)
+
+
+def test_the_command_line_overrides_the_file():
+    arguments = ["--config", str(TINY), "--training.max_steps", "20", "--training.learning_rate=5e-4"]
+    arguments += ["--data.eval_episodes", "[1, 2]", "--training.eval_strategy", "no", "--data.camera.fovy", "60"]
+    arguments += ["--training.resume_from_checkpoint=true", "--training.seed=-1", "--model.grid.min_sigma=1"]
+    recipe = parse_recipe(arguments)
+    assert (recipe.training.max_steps, recipe.training.learning_rate, recipe.training.seed) == (20, 5e-4, -1)
+    assert recipe.training.eval_strategy == "no"
+    assert recipe.training.resume_from_checkpoint is True
+    assert (recipe.data.eval_episodes, recipe.data.camera.fovy) == ([1, 2], 60.0)
+    assert (recipe.model.grid.min_sigma, recipe.model.grid.num_bins) == (1.0, [8, 16, 8, 8, 8, 8])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"training.max_step": 3}, r"Unknown name training.max_step .* Did you mean training.max_steps\?"),
+        ({"trainin.max_steps": 3}, r"Unknown name trainin .* Did you mean training\?"),
+        ({"model.gird": None}, r"Unknown name model.gird .* Did you mean model.grid\?"),
+        ({"data.camera.fov": 3}, r"Unknown name data.camera.fov .* Did you mean data.camera.fovy\?"),
+        ({"data.zzz": 3}, r"Unknown name data.zzz in the recipe. There are \['source', 'camera'"),
+        ({"training.max_steps": "many"}, "training.max_steps: expected int, came 'many'"),
+        ({"data.camera.fovy": "wide"}, r"data.camera.fovy: expected float \| None, came 'wide'"),
+        ({"data.eval_episodes": ["one"]}, r"data.eval_episodes: expected list.*, came \['one'\]"),
+        ({"data.camera": "agentview"}, "data.camera: expected names with values, came 'agentview'"),
+        ({"data.chunk_size.x": 3}, "data.chunk_size.x: 'chunk_size' is a value"),
+        ({"data.action": {}}, "lacks data.action.kind"),
+        ({"data.action.gripper": {"index": 6}}, "lacks data.action.gripper.open"),
+        ({"model.preset": None}, "model.preset or model.path, came preset=None, path=None"),
+        ({"model.path": "x"}, "model.preset or model.path, came preset='tiny', path='x'"),
+        ({"model.lora.r": 4}, "give model.path"),
+        ({"model.preset": None, "model.path": "x"}, "set model.adapt_grid: true"),
+        ({"data.camera.intrinsics": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}, "came both"),
+        ({"data.camera.fovy": 180}, "between 0 and 180 degrees, came 180"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_errors_that_name_them(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(TINY, overrides)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--config", "x", "max_steps", "3"], ["--config", "x", "--training.seed"]])
+def test_mistakes_on_the_command_line_end_it(arguments, capsys):
+    with pytest.raises(SystemExit):
+        parse_recipe(arguments)
+    assert "usage" in capsys.readouterr().err

@@ -1,0 +1,249 @@
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+import hf_vla  # noqa: F401
+from hf_vla.actions.spec import ActionSpec, GripperSpec
+from hf_vla.actions.tokenizers.gaussian_grid import transfer_embeddings
+from hf_vla.data.collator import VLACollator
+from hf_vla.data.lerobot import LeRobotEpisodes
+from hf_vla.training.trainer import VLATrainer, action_error, build, checkpoint_to_resume, open_dataset, train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def run(make_recipe, tmp_path_factory):
+    """A finished run of six steps with its metrics."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, train(make_recipe(folder))
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(folder, other):
+    first, second = weights(folder), weights(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def losses(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_three_steps_lower_the_loss_of_a_fixed_batch(make_recipe, tmp_path):
+    recipe = make_recipe(tmp_path, training__max_steps=3, training__save_strategy="no")
+    dataset, train_set, _ = open_dataset(recipe.data)
+    model, processor = build(recipe, dataset, train_set)
+    trainer = VLATrainer(
+        model=model,
+        args=recipe.training,
+        data_collator=VLACollator(processor, "robosuite_demos", "agentview"),
+        train_dataset=torch.utils.data.Subset(train_set, [0, 300, 600, 900]),
+        processing_class=processor,
+    )
+    trainer.train()
+    first, second, third = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert first > second > third
+
+
+def test_the_saved_statistics_are_the_train_splits(run, demos):
+    processor = AutoProcessor.from_pretrained(run[0])
+    kept = [episode for episode in range(22) if episode not in (3, 7)]
+    actions = LeRobotEpisodes(demos, episodes=kept, cameras=[]).column("action").astype(np.float64)
+    entry = processor.statistics["robosuite_demos"]
+    assert (entry["num_trajectories"], entry["num_transitions"], entry["action"]["count"]) == (20, *[len(actions)] * 2)
+    for name, value in {
+        "mean": actions.mean(0),
+        "std": actions.std(0),
+        "q01": np.quantile(actions, 0.01, axis=0),
+        "q99": np.quantile(actions, 0.99, axis=0),
+    }.items():
+        np.testing.assert_allclose(entry["action"][name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_the_saved_grid_spec_and_camera_fit_the_dataset(run):
+    processor = AutoProcessor.from_pretrained(run[0])
+    spec, state = processor.action_codec.specs()
+    gripper = GripperSpec(6, -1.0, 1.0)
+    names = ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")
+    assert spec == ActionSpec(names, "delta_ee", "axis_angle", "base", 20.0, gripper)
+    assert state is None
+    assert processor.action_codec.tokenizer.num_bins == (8, 16, 8, 8, 8, 8)
+    focal = 48 / np.tan(np.radians(22.5))
+    np.testing.assert_allclose(processor.camera().intrinsics, [[focal, 0, 48], [0, focal, 48], [0, 0, 1]])
+    # The gripper's two values survive the grid; the other dimensions as well as its cells are fine.
+    chunk = np.zeros((4, 7))
+    chunk[:, 6] = [-1, 1, 1, -1]
+    assert processor.action_codec.decode(processor.action_codec.encode(chunk))[:, 6].tolist() == [-1, 1, 1, -1]
+
+
+def test_the_evaluation_is_what_the_saved_checkpoint_does(run, demos):
+    folder, metrics = run
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    held_out = LeRobotEpisodes(demos, {"action": [0, 0.05, 0.1, 0.15]}, episodes=[3, 7], cameras=["agentview"])
+    errors = []
+    for row in np.linspace(0, len(held_out) - 1, 6).round().astype(int):
+        item = held_out[row]
+        inputs = processor(images=item["observation.images.agentview"], text=item["task"])
+        predicted = processor.decode_actions(model.predict_action(**inputs))[0]
+        errors.append(np.abs(predicted - item["action"].numpy())[~item["action_is_pad"].numpy()])
+    errors = np.concatenate(errors).mean(0)
+    assert metrics["eval_action_error"] == pytest.approx(errors.mean(), rel=1e-5)
+    assert metrics["eval_action_error_gripper"] == pytest.approx(errors[6], rel=1e-5)
+    assert metrics["eval_loss"] > 0
+
+
+def test_every_checkpoint_holds_its_processor(run):
+    for step in (3, 6):
+        assert AutoProcessor.from_pretrained(run[0] / f"checkpoint-{step}").action_codec.keys == ["robosuite_demos"]
+
+
+def test_action_error_by_hand():
+    spec = ActionSpec(tuple("xyzrpwg"), "delta_ee", "axis_angle", None, None, GripperSpec(6, 0.0, 1.0))
+    actions = np.zeros((1, 3, 7))
+    predicted = np.zeros((1, 3, 7))
+    predicted[0, 0] = [3, 0, 0, 0, 6, 0, 2]
+    predicted[0, 2] = 1000  # padded
+    errors = action_error(predicted, actions, np.array([[True, True, False]]), spec)
+    wanted = {"": 11 / 14, "_translation": 0.5, "_rotation": 1.0, "_gripper": 1.0}
+    assert errors == pytest.approx({f"action_error{name}": value for name, value in wanted.items()})
+    joints = ActionSpec(tuple("abcdefg"), "joint")
+    assert action_error(predicted, actions, np.array([[True, True, False]]), joints).keys() == {
+        "action_error",
+        "action_error_joints",
+    }
+
+
+KILLED = """
+import os, signal, sys
+from transformers.trainer_callback import TrainerState
+from hf_vla.training.arguments import parse_recipe
+from hf_vla.training.trainer import train
+
+save = TrainerState.save_to_json
+def save_or_die(state, path):
+    if state.global_step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(state, path)
+TrainerState.save_to_json = save_or_die
+train(parse_recipe(sys.argv[1:]))
+"""
+
+
+def test_a_run_killed_in_mid_save_resumes_to_the_same_end(run, make_recipe, tmp_path, demos, caplog):
+    arguments = ["--config", "scripts/recipes/spatialvla_tiny.yaml", f"--data.source={demos}"]
+    options = ["output_dir", "max_steps", "per_device_train_batch_size", "warmup_steps", "logging_steps"]
+    recipe = make_recipe(tmp_path)
+    arguments += [f"--training.{name}={getattr(recipe.training, name)}" for name in options]
+    arguments += ["--training.save_steps=1", "--training.eval_strategy=no", "--data.eval_episodes=[3, 7]"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert (tmp_path / "checkpoint-4" / "optimizer.pt").is_file()
+    with caplog.at_level(logging.WARNING):
+        train(make_recipe(tmp_path, training__resume_from_checkpoint=True))
+    assert "checkpoint-4 was not saved completely (killed in mid-save?) and is passed over" in caplog.text
+    assert_same_weights(tmp_path, run[0])
+    assert losses(tmp_path) == losses(run[0])
+
+
+def test_resuming_equals_an_uninterrupted_run(run, make_recipe, tmp_path):
+    shutil.copytree(run[0] / "checkpoint-3", tmp_path / "checkpoint-3")
+    train(make_recipe(tmp_path, training__resume_from_checkpoint=True, training__save_strategy="no"))
+    assert_same_weights(tmp_path, run[0])
+    assert losses(tmp_path) == losses(run[0])
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_that_lacks_a_file_is_an_error(run, make_recipe, tmp_path, name):
+    shutil.copytree(run[0] / "checkpoint-3", tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-3" / name).unlink()
+    recipe = make_recipe(tmp_path, training__resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=rf"checkpoint-3 lacks \['{name}'\]: resuming would go on with fresh ones"):
+        checkpoint_to_resume(recipe.training)
+
+
+def test_which_checkpoint_is_resumed(run, make_recipe, tmp_path, caplog):
+    def resume(**overrides):
+        return checkpoint_to_resume(make_recipe(tmp_path, **overrides).training)
+
+    assert resume() is None
+    assert resume(training__resume_from_checkpoint=True) is None
+    assert "No complete checkpoint" in caplog.text
+    for step in (3, 6):
+        shutil.copytree(run[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-12").mkdir()
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_st')
+    assert resume(training__resume_from_checkpoint=True) == str(tmp_path / "checkpoint-6")
+    third = str(tmp_path / "checkpoint-3")
+    assert resume(training__resume_from_checkpoint=third) == third
+    with pytest.raises(ValueError, match="checkpoint-12 is no complete checkpoint"):
+        resume(training__resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+
+
+def test_a_checkpoint_keeps_its_grid_and_text_embedding(run, make_recipe, tmp_path):
+    train(make_recipe(tmp_path, model__preset=None, model__grid=None, model__path=str(run[0]), training__max_steps=2))
+    before, after = weights(run[0]), weights(tmp_path)
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"vision_tower", "multi_modal_projector", "position_embedding_3d", "spatial_embed_tokens"} | {
+        "language_model"
+    }
+    embedding = "language_model.model.embed_tokens.weight"
+    assert torch.equal(before[embedding], after[embedding])
+    grids = [AutoProcessor.from_pretrained(folder).action_codec.tokenizer.to_dict() for folder in (run[0], tmp_path)]
+    assert grids[0] == grids[1]
+
+
+def test_adapting_the_grid_moves_the_spatial_embedding(run, make_recipe, tmp_path):
+    recipe = make_recipe(
+        tmp_path,
+        model__preset=None,
+        model__path=str(run[0]),
+        model__adapt_grid=True,
+        model__grid={"distribution": "mixture"},
+        data__eval_episodes=[],
+    )
+    dataset, train_set, eval_set = open_dataset(recipe.data)
+    assert eval_set is None
+    model, processor = build(recipe, dataset, train_set)
+    old, new = AutoProcessor.from_pretrained(run[0]).action_codec.tokenizer, processor.action_codec.tokenizer
+    assert (new.distribution, new.num_bins) == ("mixture", old.num_bins)
+    wanted = transfer_embeddings(weights(run[0])["spatial_embed_tokens.weight"].numpy(), old, new)
+    np.testing.assert_allclose(model.spatial_embed_tokens.weight.detach().numpy(), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(("episodes", "came"), [([3, 22], r"\[22\]"), (list(range(22)), "all of them")])
+def test_held_out_episodes_must_exist_and_leave_some(make_recipe, tmp_path, episodes, came):
+    with pytest.raises(ValueError, match=rf"some of the 22 episodes of .* \(0 to 21\), came {came}"):
+        open_dataset(make_recipe(tmp_path, data__eval_episodes=episodes).data)
+
+
+@pytest.mark.parametrize("launcher", ["accelerate launch", "two processes"])
+def test_launched_as_the_readme_says(make_recipe, tmp_path, demos, launcher):
+    commands = {
+        "accelerate launch": ["accelerate.commands.launch"],
+        "two processes": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    }
+    arguments = ["scripts/train.py", "--config", "scripts/recipes/spatialvla_tiny.yaml", f"--data.source={demos}"]
+    arguments += ["--training.max_steps", "2", f"--training.output_dir={tmp_path}", "--data.eval_episodes=[3]"]
+    arguments += ["--training.per_device_train_batch_size=2", "--training.eval_action_samples=5"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *commands[launcher], *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "eval_action_error_translation" in done.stdout
+    assert AutoProcessor.from_pretrained(tmp_path).action_codec.chunk_size == 4
