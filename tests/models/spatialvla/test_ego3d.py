@@ -61,5 +61,6 @@ def test_geometry_keeps_float32_precision_under_bfloat16(recorded, encoding):
         xyz = back_project(depth, intrinsics, 14, 2)
         encoded = encoding.encode_frequencies(xyz)
     assert xyz.dtype == encoded.dtype == torch.float32
+    assert back_project(depth.bfloat16(), intrinsics.bfloat16(), 14, 2).dtype == torch.float32
     torch.testing.assert_close(xyz, recorded["standalone.backprojected_xyz"], atol=5e-4, rtol=0)
     torch.testing.assert_close(encoded, encoding.encode_frequencies(xyz), atol=0, rtol=0)

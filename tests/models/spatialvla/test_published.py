@@ -15,7 +15,8 @@ def test_loads_with_no_key_missing_or_unexpected(published):
     assert not published.info["missing_keys"] and not published.info["unexpected_keys"]
     processor = published.case["tokenizer"]
     assert published.model.config.action_token_begin_idx == processor["action_token_begin_idx"]
-    assert len(published.model.config.action_block_sizes) == 3
+    expected = {"zoe1_spatial_chunk4": ([128, 64, 2], 4), "nozoe_nospatial_tied_batch2_pad_chunk1": ([30, 27, 2], 1)}
+    assert (published.model.config.action_block_sizes, published.model.config.chunk_size) == expected[published.name]
 
 
 def test_depth_and_image_features(published):
