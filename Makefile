@@ -7,22 +7,20 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
-# CPU builds of torch live here; on a GPU machine use `make TORCH_INDEX=https://download.pytorch.org/whl/cu128 ...`
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format install clean
+.PHONY: demo test check format install
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
 
-# torch goes first and alone: anything else would pull its multi-gigabyte CUDA build as a dependency
+# torch goes first: asked for by name at its tested version, pip takes a local or CPU build where it is offered one
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev]"
 	touch $@
 
@@ -41,6 +39,3 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-clean:
-	rm -rf $(VENV) outputs build dist .mypy_cache .pytest_cache .ruff_cache

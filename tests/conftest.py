@@ -37,7 +37,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     names = ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")
     spec = ActionSpec(names, "delta_ee", "axis_angle", "base", 20.0, GripperSpec(6, -1.0, 1.0))
     limits = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "min": [-1.0] * 7, "max": [1.0] * 7}
-    grid = GaussianGridTokenizer(num_bins=(4, 8, 8, 8, 8, 5), distribution="uniform")
+    grid = GaussianGridTokenizer(num_bins=(8, 16, 8, 8, 8, 8), distribution="uniform")
     action_config = {
         "chunk_size": 4,
         "normalization": {"mode": ["quantile"] * 6 + ["zero_one"], "clip": True, "convention": "spatialvla"},

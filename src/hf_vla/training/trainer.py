@@ -3,12 +3,13 @@
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
-from transformers import AutoModel, AutoProcessor, Trainer, set_seed
+from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_vla.actions.codec import ActionCodec
@@ -87,8 +88,12 @@ def action_error(
     return {name: float(error[dimensions].mean()) for name, dimensions in groups.items() if dimensions}
 
 
-def train(recipe: Recipe) -> dict[str, float]:
+def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, float]:
     """Train as a recipe says; model and processor are saved in `recipe.training.output_dir`.
+
+    Args:
+        recipe (`Recipe`): see [`~hf_vla.training.arguments.load_recipe`].
+        callbacks (`Sequence[TrainerCallback]`): called by the Trainer beside its own.
 
     Returns:
         `dict[str, float]`: the last evaluation's metrics; the training's where no episodes are held out.
@@ -106,6 +111,7 @@ def train(recipe: Recipe) -> dict[str, float]:
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=processor,
+        callbacks=[*callbacks],
     )
     metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(recipe.training)).metrics
     if eval_set is not None:

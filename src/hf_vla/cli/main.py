@@ -1,0 +1,52 @@
+"""The `hf-vla` command: puts the subcommands together and turns errors into one readable sentence.
+
+Subcommand files import the library inside their functions, so that `hf-vla --help` answers at once.
+"""
+
+import os
+import re
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from hf_vla.cli.predict import predict
+
+DEBUG_VARIABLE = "HF_VLA_DEBUG"
+
+
+def readable(error):
+    """Text of an error without access tokens."""
+    return re.sub(r"hf_[A-Za-z0-9]{16,}", "hf_***", str(error).strip() or type(error).__name__)
+
+
+class ReadableErrors(typer.core.TyperGroup):
+    """Shows what a user can mend (ValueError, OSError) as one sentence; any other error is a bug and stays whole."""
+
+    def invoke(self, ctx):
+        """Run the subcommand."""
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError) as error:
+            if os.environ.get(DEBUG_VARIABLE):
+                raise
+            console = Console(stderr=True)
+            console.print(f"[bold red]Error:[/] {escape(readable(error))}", soft_wrap=True, highlight=False)
+            raise typer.Exit(1) from None
+
+
+# show_locals would print tokens that a local variable holds
+app = typer.Typer(name="hf-vla", cls=ReadableErrors, no_args_is_help=True, pretty_exceptions_show_locals=False)
+
+
+@app.callback()
+def main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
+):
+    """Vision-language-action models for robots."""
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"
+
+
+app.command()(predict)

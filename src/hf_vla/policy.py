@@ -1,0 +1,154 @@
+"""A checkpoint as a controller: an observation goes in, one action comes out."""
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoProcessor
+
+from hf_vla.actions.chunking import RecedingHorizon, TemporalEnsembler
+
+IMAGES = "observation.images."
+DEPTH = "observation.depth."
+STATE = "observation.state"
+TASK = "task"
+
+
+class Policy:
+    """Runs a model and its processor at every control step.
+
+    The model predicts a chunk of actions. By default `n_action_steps` of it are executed before the next prediction;
+    with `ensemble_coefficient` every step predicts, and all predictions made for it are averaged.
+
+    ```python
+    policy = Policy.from_pretrained("outputs/demo/model")
+    policy.reset()
+    action = policy.select_action({"observation.images.front": image, "task": "pick up the red cube"})
+    ```
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): any family of this library.
+        processor ([`~transformers.ProcessorMixin`]): of the same checkpoint.
+        unnorm_key (`str`, *optional*): dataset whose robot is driven; may be left out where there is only one.
+        n_action_steps (`int`, *optional*): actions executed per chunk, 1 to the chunk size; default the whole chunk.
+        ensemble_coefficient (`float`, *optional*): see [`~hf_vla.actions.chunking.TemporalEnsembler`]; 0.01 is usual.
+
+    Raises:
+        ValueError: the processor knows no actions, the key is unknown or missing, or both ways of executing a chunk
+            are asked for.
+    """
+
+    def __init__(self, model, processor, unnorm_key=None, n_action_steps=None, ensemble_coefficient=None):
+        if not hasattr(processor, "action_codec"):
+            raise ValueError(
+                f"Expected the processor of a hf_vla family, came {type(processor).__name__}: the checkpoint is of "
+                "another family, or was saved without its processor."
+            )
+        if n_action_steps is not None and ensemble_coefficient is not None:
+            raise ValueError(
+                "Give n_action_steps or ensemble_coefficient, not both: ensembling predicts at every step."
+            )
+        self.model, self.processor = model.eval(), processor
+        codec = processor.action_codec
+        self.unnorm_key = codec.resolve_key(unnorm_key)
+        self.action_spec, self.state_spec = codec.specs(self.unnorm_key)
+        self.camera = processor.camera(self.unnorm_key)
+        steps = codec.chunk_size if n_action_steps is None else n_action_steps
+        if steps > codec.chunk_size:
+            raise ValueError(f"Expected n_action_steps of at most the chunk size {codec.chunk_size}, came {steps}.")
+        self._horizon = RecedingHorizon(steps)
+        self._ensembler = None if ensemble_coefficient is None else TemporalEnsembler(ensemble_coefficient)
+
+    @classmethod
+    def from_pretrained(cls, path, unnorm_key=None, device=None, n_action_steps=None, ensemble_coefficient=None):
+        """Load a checkpoint as a policy.
+
+        Args:
+            path (`str`): folder or Hub name.
+            device (`str` or `torch.device`, *optional*): default the accelerator where there is one, else the CPU.
+            unnorm_key, n_action_steps, ensemble_coefficient: see the class.
+
+        Returns:
+            `Policy`
+
+        Raises:
+            ValueError: see the class.
+            OSError: there is no checkpoint.
+        """
+        processor = AutoProcessor.from_pretrained(path)
+        model = AutoModel.from_pretrained(path).to(device or torch.accelerator.current_accelerator() or "cpu")
+        return cls(model, processor, unnorm_key, n_action_steps, ensemble_coefficient)
+
+    def reset(self):
+        """Forget earlier predictions; call it when an episode starts."""
+        self._horizon.reset()
+        if self._ensembler is not None:
+            self._ensembler.reset()
+
+    def predict_chunk(self, observation):
+        """Predict the next actions; keeps nothing.
+
+        Args:
+            observation (`dict`): `observation.images.<camera>` (H, W, 3) uint8 (or whatever the processor takes),
+                `task`, and what the checkpoint declares of `observation.state` (S,) and `observation.depth.<camera>`
+                (H, W) in metres. Other entries are ignored.
+
+        Returns:
+            `np.ndarray` of shape `(chunk_size, action_dim)`: float32, robot units.
+
+        Raises:
+            ValueError: the observation lacks something that the checkpoint needs; the text names it.
+        """
+        inputs = self.processor(**self._inputs(observation), unnorm_key=self.unnorm_key, return_tensors="pt")
+        output = self.model.predict_action(**inputs.to(self.model.device))
+        return self.processor.decode_actions(output, self.unnorm_key)[0]
+
+    def select_action(self, observation):
+        """Return the action for this control step, predicting a new chunk when one is due.
+
+        Args:
+            observation (`dict`): see `predict_chunk`.
+
+        Returns:
+            `np.ndarray` of shape `(action_dim,)`: float32, robot units.
+
+        Raises:
+            ValueError: see `predict_chunk`.
+        """
+        if self._ensembler is not None:
+            return self._ensembler.update(self.predict_chunk(observation))
+        if self._horizon.empty:
+            self._horizon.push(self.predict_chunk(observation))
+        return self._horizon.pop()
+
+    def _inputs(self, observation):
+        """What the processor needs of an observation."""
+        if not isinstance(observation.get(TASK), str):
+            raise ValueError(f"Expected an instruction under {TASK!r}; the observation has {sorted(observation)}.")
+        camera = self._camera_name(observation)
+        inputs = {"images": [observation[IMAGES + camera]], "text": [observation[TASK]]}
+        if self.camera is not None and self.camera.depth:
+            if DEPTH + camera not in observation:
+                raise ValueError(f"This checkpoint needs metric depth: give {DEPTH + camera!r}, (H, W) in metres.")
+            inputs["depth"] = np.asarray(observation[DEPTH + camera])[None]
+        if self.state_spec is not None:
+            inputs["state"] = self._state(observation)[None]
+        return inputs
+
+    def _camera_name(self, observation):
+        given = sorted(key.removeprefix(IMAGES) for key in observation if key.startswith(IMAGES))
+        declared = None if self.camera is None else self.camera.name
+        if declared is not None and declared not in given:
+            raise ValueError(f"This checkpoint needs the camera {declared!r}; the observation has {given}.")
+        if declared is None and len(given) != 1:
+            raise ValueError(f"This checkpoint names no camera, so give exactly one '{IMAGES}<name>'; came {given}.")
+        return declared or given[0]
+
+    def _state(self, observation):
+        names = self.state_spec.names
+        if STATE not in observation:
+            raise ValueError(f"This checkpoint needs the robot's state: give {STATE!r} with {list(names)}.")
+        state = np.asarray(observation[STATE], np.float32)
+        if state.shape != (len(names),) or not np.isfinite(state).all():
+            raise ValueError(
+                f"Expected {len(names)} finite numbers {list(names)} in {STATE!r}, came {state.tolist()}."
+            )
+        return state

@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_vla.actions.spec import ActionSpec, GripperSpec
+from hf_vla.cli.render import chunk_table, describe, plot_chunk, translation_path
+
+CHUNK = np.array([[0.1, 0.0, -0.2, 1.0], [0.1, 0.3, 0.0, -1.0]], np.float32)
+SPEC = ActionSpec(("dx", "dy", "dz", "gripper"), "delta_ee", frame="base", gripper=GripperSpec(3, -1.0, 1.0))
+JOINTS = ActionSpec(("j1", "j2", "j3", "j4"), "joint")
+
+
+def test_table_has_a_row_per_step_and_a_column_per_dimension():
+    table = chunk_table(CHUNK, SPEC, "[pick] up")
+    assert [column.header for column in table.columns] == ["step", "dx", "dy", "dz", "gripper"]
+    assert list(table.columns[3].cells) == ["-0.2000", "+0.0000"]
+    assert str(table.title) == r"\[pick] up"
+
+
+def test_description_says_what_is_known():
+    assert describe(SPEC) == "robot units, delta_ee; frame base; gripper -1 open, +1 closed"
+    assert "does not say" in describe(None)
+
+
+def test_path_sums_deltas_and_shifts_poses():
+    assert translation_path(CHUNK, SPEC) == pytest.approx(np.array([[0, 0, 0], [0.1, 0, -0.2], [0.2, 0.3, -0.2]]))
+    poses = ActionSpec(("x", "y", "z", "gripper"), "absolute_ee")
+    assert translation_path(CHUNK, poses) == pytest.approx(np.array([[0, 0, 0], [0, 0.3, 0.2]]))
+    assert translation_path(CHUNK, JOINTS) is None and translation_path(CHUNK, None) is None
+
+
+@pytest.mark.parametrize("spec", [SPEC, JOINTS, None])
+def test_picture_has_the_image_and_one_line_per_dimension(spec):
+    figure = plot_chunk(CHUNK, spec, Image.new("L", (40, 30)), "wave")
+    image, *lines = figure.axes
+    drawn = [axis.get_title() for axis in lines if axis.lines]
+    assert drawn == (list(spec.names) if spec else ["[0]", "[1]", "[2]", "[3]"])
+    assert np.array_equal(lines[1].lines[0].get_ydata(), CHUNK[:, 1])
+    assert ("not projected" in image.get_title()) == (spec is SPEC)
+
+
+def test_a_chunk_that_does_not_move_is_drawn():
+    figure = plot_chunk(np.zeros_like(CHUNK), SPEC, Image.new("RGB", (40, 30)), "wait")
+    figure.canvas.draw()
+    assert np.allclose(figure.axes[0].lines[0].get_xydata(), (20, 15))

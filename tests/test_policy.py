@@ -1,0 +1,160 @@
+import numpy as np
+import pytest
+import torch
+from transformers import BatchFeature
+
+from hf_vla.actions.codec import ActionCodec
+from hf_vla.actions.spec import ActionSpec, CameraSpec, StateSpec
+from hf_vla.models.outputs import VLAOutput
+from hf_vla.policy import Policy
+
+CHUNK = 4
+
+
+class Counter(torch.nn.Module):
+    """A model whose k-th prediction is the chunk k + 0.0, k + 0.1, k + 0.2, k + 0.3 in both dimensions."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def predict_action(self, **inputs):
+        self.calls += 1
+        chunk = self.calls + 0.1 * torch.arange(CHUNK)
+        return VLAOutput(actions=chunk[None, :, None].expand(1, CHUNK, 2))
+
+
+class EchoProcessor:
+    """Remembers what it was called with; decodes by the real codec, which is told to change nothing."""
+
+    def __init__(self, camera=None, state_spec=None):
+        specs = {"action": ActionSpec(("a", "b"), "joint").to_dict(), "state": state_spec and state_spec.to_dict()}
+        statistics = {"arm": {"action": {"q01": [-1.0] * 2, "q99": [1.0] * 2}}}
+        normalization = {"mode": "identity", "clip": False, "convention": "lerobot"}
+        config = {"chunk_size": CHUNK, "normalization": normalization, "specs": {"arm": specs}}
+        self.action_codec = ActionCodec(statistics, config)
+        self._camera = camera
+
+    def camera(self, unnorm_key):
+        assert unnorm_key == "arm"
+        return self._camera
+
+    def __call__(self, **inputs):
+        self.inputs = inputs
+        return BatchFeature({})
+
+    def decode_actions(self, output, unnorm_key):
+        return self.action_codec.decode(output.actions.numpy(), unnorm_key)
+
+
+def observe(**more):
+    return {"observation.images.front": np.zeros((8, 8, 3), np.uint8), "task": "wave", **more}
+
+
+def first_values(policy, steps):
+    return [float(policy.select_action(observe())[0]) for _ in range(steps)]
+
+
+def test_executes_the_whole_chunk_by_default():
+    policy = Policy(Counter(), EchoProcessor())
+    assert first_values(policy, 6) == pytest.approx([1.0, 1.1, 1.2, 1.3, 2.0, 2.1])
+
+
+def test_executes_n_action_steps_of_each_chunk_and_reset_forgets_the_rest():
+    policy = Policy(Counter(), EchoProcessor(), n_action_steps=2)
+    assert first_values(policy, 3) == pytest.approx([1.0, 1.1, 2.0])
+    policy.reset()
+    assert first_values(policy, 1) == pytest.approx([3.0])
+
+
+def test_ensembling_averages_what_was_predicted_for_a_step():
+    policy = Policy(Counter(), EchoProcessor(), ensemble_coefficient=0.0)
+    # step 2 was predicted as 1.2 by the first chunk, 2.1 by the second and 3.0 by the third
+    assert first_values(policy, 3) == pytest.approx([1.0, (1.1 + 2.0) / 2, (1.2 + 2.1 + 3.0) / 3])
+    policy.reset()
+    assert first_values(policy, 1) == pytest.approx([4.0])
+
+
+def test_predict_chunk_keeps_nothing():
+    policy = Policy(Counter(), EchoProcessor())
+    chunk = policy.predict_chunk(observe())
+    assert chunk.shape == (CHUNK, 2) and chunk.dtype == np.float32
+    assert first_values(policy, 1) == pytest.approx([2.0])
+
+
+def test_passes_image_text_and_key():
+    policy = Policy(Counter(), EchoProcessor())
+    observation = observe(**{"observation.state": np.zeros(3), "next.reward": 0.0})
+    policy.predict_chunk(observation)
+    inputs = policy.processor.inputs
+    assert inputs["images"][0] is observation["observation.images.front"]
+    assert inputs["text"] == ["wave"] and inputs["unnorm_key"] == "arm"
+    assert "state" not in inputs and "depth" not in inputs  # the checkpoint declares neither
+
+
+def test_takes_the_declared_camera_depth_and_state():
+    camera = CameraSpec("wrist", 8, 8, depth=True)
+    policy = Policy(Counter(), EchoProcessor(camera, StateSpec(("x", "y"))))
+    wrist = np.ones((8, 8, 3), np.uint8)
+    more = {"observation.images.wrist": wrist, "observation.depth.wrist": np.full((8, 8), 2.0)}
+    policy.predict_chunk(observe(**more, **{"observation.state": [0.5, 1.5]}))
+    inputs = policy.processor.inputs
+    assert inputs["images"][0] is wrist
+    assert inputs["depth"].shape == (1, 8, 8) and inputs["state"].tolist() == [[0.5, 1.5]]
+
+
+WRIST = {"observation.images.wrist": np.ones((8, 8, 3), np.uint8)}
+
+
+@pytest.mark.parametrize(
+    ("camera", "state_spec", "observation", "message"),
+    [
+        (None, None, {"observation.images.front": 0}, "an instruction under 'task'"),
+        (None, None, {"task": "wave"}, r"exactly one 'observation.images.<name>'; came \[\]"),
+        (None, None, observe(**WRIST), r"exactly one 'observation.images.<name>'; came \['front', 'wrist'\]"),
+        (CameraSpec("wrist", 8, 8), None, observe(), r"needs the camera 'wrist'; the observation has \['front'\]"),
+        (CameraSpec("front", 8, 8, depth=True), None, observe(), "metric depth: give 'observation.depth.front'"),
+        (None, StateSpec(("x", "y")), observe(), r"give 'observation.state' with \['x', 'y'\]"),
+        (None, StateSpec(("x", "y")), observe(**{"observation.state": [1.0]}), "Expected 2 finite numbers"),
+        (None, StateSpec(("x", "y")), observe(**{"observation.state": [1.0, np.nan]}), "Expected 2 finite numbers"),
+    ],
+)
+def test_names_what_an_observation_lacks(camera, state_spec, observation, message):
+    policy = Policy(Counter(), EchoProcessor(camera, state_spec))
+    with pytest.raises(ValueError, match=message):
+        policy.select_action(observation)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unnorm_key": "amr"}, "Did you mean 'arm'"),
+        ({"n_action_steps": CHUNK + 1}, "at most the chunk size 4, came 5"),
+        ({"n_action_steps": 0}, "n_action_steps of 1 or more, came 0"),
+        ({"n_action_steps": 1, "ensemble_coefficient": 0.01}, "not both"),
+    ],
+)
+def test_rejects_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        Policy(Counter(), EchoProcessor(), **options)
+
+
+def test_rejects_a_checkpoint_of_another_kind():
+    with pytest.raises(ValueError, match="processor of a hf_vla family, came BatchFeature"):
+        Policy(Counter(), BatchFeature({}))
+
+
+def test_runs_a_checkpoint_on_a_demonstration(tiny_checkpoint, demo_item):
+    policy = Policy.from_pretrained(tiny_checkpoint, device="cpu", n_action_steps=3)
+    assert policy.camera.name == "agentview" and policy.action_spec.names[0] == "dx"
+    chunk = policy.predict_chunk(demo_item)
+    assert chunk.shape == (4, 7) and np.isfinite(chunk).all() and np.abs(chunk).max() <= 1.0 + 1e-6
+    assert set(chunk[:, 6]) <= {-1.0, 1.0}
+    image = (demo_item["observation.images.agentview"].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    observation = {"observation.images.agentview": image, "task": demo_item["task"]}
+    assert np.array_equal(policy.predict_chunk(observation), chunk)
+    assert np.array_equal([policy.select_action(observation) for _ in range(3)], chunk[:3])
+    with pytest.raises(ValueError, match="needs the camera 'agentview'"):
+        policy.predict_chunk({"observation.images.wrist": image, "task": "x"})
