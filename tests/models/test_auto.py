@@ -33,6 +33,12 @@ def test_installed_classes_win_over_remote_code(family, checkpoint, trust):
         assert type(auto_class.from_pretrained(checkpoint, **trust)) is family_class(family, "modeling")
 
 
+def test_from_config(family):
+    config = family_class(family, "configuration").from_preset("tiny")
+    for auto_class in (AutoModel, AutoModelForImageTextToText):
+        assert type(auto_class.from_config(config)) is family_class(family, "modeling")
+
+
 def test_what_the_auto_classes_save_they_load(family, checkpoint, tmp_path):
     AutoModel.from_pretrained(checkpoint).save_pretrained(tmp_path / "saved")
     AutoProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path / "saved")

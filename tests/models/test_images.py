@@ -40,10 +40,11 @@ GRAY = RGB[..., 0]
         Image.fromarray(GRAY),
         GRAY.astype(np.uint16) * 257,
         Image.fromarray(GRAY.astype(np.uint16) * 257),
+        Image.fromarray(GRAY.astype(np.float32) / 255),
         torch.from_numpy(GRAY),
         torch.from_numpy(GRAY)[None],
     ],
-    ids=["2-D", "one channel", "pil", "uint16", "16-bit pil", "2-D tensor", "one-channel tensor"],
+    ids=["2-D", "one channel", "pil", "uint16", "16-bit pil", "float pil", "2-D tensor", "one-channel tensor"],
 )
 def test_gray_becomes_three_equal_channels(image):
     """PIL alone would clip a 16-bit image to white."""
@@ -73,7 +74,8 @@ def test_tiny_and_huge(size):
         (np.full((2, 2), np.nan), "Expected a finite image, got NaN"),
         (RGB.astype(np.float32), r"Expected a floating-point image in \[0, 1\], got \[0, 213\]: divide by 255"),
         (RGB.astype(np.int64), "uint8, uint16 or floating point, got int64"),
-        (Image.fromarray(np.full((2, 2), 70000, np.int32)), r"in \[0, 65535\], got \[70000, 70000\]"),
+        (Image.fromarray(np.full((2, 2), 700, np.int32)), "Expected 8 or 16 bits a channel, got a PIL image of 32"),
+        (Image.fromarray(np.full((2, 2), 200, np.float32)), r"floating-point image in \[0, 1\], got \[200, 200\]"),
     ],
 )
 def test_bad_images(image, message):

@@ -21,8 +21,12 @@ def to_rgb(image) -> Image.Image:
     """
     if isinstance(image, Image.Image):
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16 bits; PIL would clip them to white
-            return to_rgb(_sixteen_bit(image))
+        if image.mode == "I":
+            raise ValueError(
+                "Expected 8 or 16 bits a channel, got a PIL image of 32: which value is white? Make it I;16."
+            )
+        if image.mode.startswith("I;16") or image.mode == "F":  # PIL would clip them to white, or black
+            return to_rgb(np.asarray(image).astype(np.float32 if image.mode == "F" else np.uint16))
         return image.convert("RGB")
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
@@ -38,13 +42,6 @@ def to_rgb(image) -> Image.Image:
             f"its channels first, got the shape (height, width, channels) = {image.shape}."
         )
     return Image.fromarray(_to_uint8(image)).convert("RGB")
-
-
-def _sixteen_bit(image: Image.Image) -> np.ndarray:
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 65535 or not np.isfinite(values).all():
-        raise ValueError(f"Expected a {image.mode} image in [0, 65535], got [{values.min()}, {values.max()}].")
-    return values.astype(np.uint16)
 
 
 def _to_uint8(values: np.ndarray) -> np.ndarray:

@@ -26,6 +26,8 @@ def test_unknown_preset():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ({"n_freqs": -1}, "Expected n_freqs of 1 or more, got -1"),
+        ({"action_block_sizes": [0, 1536, 2]}, r"Expected action_block_sizes of 1 or more, got \[0, 1536, 2\]"),
         ({"action_block_sizes": [1, 2]}, r"hold 3 tokens, but spatial_token_num is 1538"),
         ({"action_token_begin_idx": 300}, r"do not fit a vocabulary of 1798: set text_config.vocab_size to 1838"),
         ({"vision_config": {"model_type": "siglip_vision_model", "image_size": 85, "patch_size": 14}}, "no multiple"),
@@ -34,3 +36,8 @@ def test_unknown_preset():
 def test_inconsistent_sizes(overrides, message):
     with pytest.raises(StrictDataclassClassValidationError, match=message):
         SpatialVLAConfig.from_preset("tiny", **overrides)
+
+
+def test_misspelt_names():
+    with pytest.raises(ValueError, match="no 'use_vision_zeo'; did you mean 'use_vision_zoe'"):
+        SpatialVLAConfig(use_vision_zeo=False)

@@ -3,6 +3,8 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer, transfer_embeddings
@@ -273,8 +275,129 @@ def test_sampling_is_repeatable_and_stays_in_the_blocks(model, tiny_inputs):
 def test_grid_must_be_known():
     config = SpatialVLAConfig.from_preset("tiny", chunk_size=None)
     model = SpatialVLAForConditionalGeneration(config)
-    with pytest.raises(ValueError, match="Expected config.chunk_size and config.action_block_sizes, got None"):
+    with pytest.raises(
+        ValueError, match=r"Expected a chunk_size of 1 or more and config.action_block_sizes, got None"
+    ):
         model.predict_action(input_ids=torch.zeros(1, 1, dtype=torch.long), pixel_values=torch.zeros(1, 3, 84, 84))
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1])
+def test_chunks_hold_at_least_one_action(model, tiny_inputs, chunk_size):
+    with pytest.raises(ValueError, match=f"Expected a chunk_size of 1 or more.*got {chunk_size}"):
+        model.predict_action(**tiny_inputs, chunk_size=chunk_size)
+
+
+def test_there_is_nothing_to_denoise(model, tiny_inputs):
+    with pytest.raises(ValueError, match="leave num_inference_steps out"):
+        model.predict_action(**tiny_inputs, num_inference_steps=10)
+
+
+def test_scores_that_are_not_finite_choose_nothing(model, tiny_inputs):
+    """argmax of NaN is 0: the lowest bins, a full-scale motion."""
+    tiny_inputs["pixel_values"][1] = torch.nan
+    for do_sample in (False, True):
+        with pytest.raises(ValueError, match=r"scores of action token 0 are NaN or infinite for samples \[1\]"):
+            model.predict_action(**tiny_inputs, do_sample=do_sample)
+
+
+def test_no_prediction_without_a_cache(tiny_config, tiny_inputs):
+    """Activation checkpointing drops the cache in training mode: each step would see a single token."""
+    model = SpatialVLAForConditionalGeneration(tiny_config).train()
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
+        model.predict_action(**tiny_inputs)
+    assert model.eval().predict_action(**tiny_inputs).action_ids.shape == (2, 12)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_offloaded_head_predicts_the_same(tiny_config, tiny_inputs, tied):
+    """Offloaded weights are placeholders without data; only accelerate's hooks bring them back."""
+    text_config = {**tiny_config.text_config.to_dict(), "tie_word_embeddings": tied}
+    model = build(text_config=text_config)
+    expected = model.predict_action(**tiny_inputs)
+    offloaded = cpu_offload(build(text_config=text_config), "cpu", offload_buffers=False)
+    output = offloaded.predict_action(**tiny_inputs)
+    assert torch.equal(output.action_ids, expected.action_ids) and torch.equal(output.logits, expected.logits)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+def test_an_adapter_on_the_head_counts(tiny_config, tiny_inputs):
+    adapted = get_peft_model(build(), LoraConfig(target_modules=["lm_head"], init_lora_weights=False)).base_model.model
+    begin, size = tiny_config.action_token_begin_idx, tiny_config.action_block_sizes[0]
+    whole = adapted(**tiny_inputs, logits_to_keep=1).logits[:, 0, begin : begin + size]
+    predicted = adapted.predict_action(**tiny_inputs).logits[:, 0, :size]
+    torch.testing.assert_close(predicted, whole)
+    assert not torch.allclose(predicted, build().predict_action(**tiny_inputs).logits[:, 0, :size], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"cache_implementation": "static"}, {"num_return_sequences": 2}]
+)
+def test_generate_in_other_ways(model, tiny_inputs, options):
+    sample = {"do_sample": True} if "num_return_sequences" in options else {"do_sample": False}
+    tiny_inputs["intrinsics"] = tiny_inputs["intrinsics"][0]
+    tokens = model.generate(**tiny_inputs, **options, **sample, max_new_tokens=4)
+    assert len(tokens) == 2 * options.get("num_return_sequences", 1)
+    if "cache_implementation" in options:
+        assert torch.equal(tokens, model.generate(**tiny_inputs, max_new_tokens=4, do_sample=False))
+
+
+def test_a_generated_image_token_is_a_token_like_any_other(model, tiny_inputs):
+    image = model.config.image_token_index
+    tokens = model.generate(**tiny_inputs, max_new_tokens=3, prefix_allowed_tokens_fn=lambda *_: [image])
+    assert (tokens[:, -3:] == image).all()
+
+
+def test_generated_text_is_no_part_of_the_prompt(any_model, tiny_inputs):
+    """Without a cache everything is seen again at every step."""
+    with torch.no_grad():
+        ids = [80, 77, any_model.config.action_token_begin_idx]
+        force = {
+            "prefix_allowed_tokens_fn": lambda _, seen: [ids[(len(seen) - tiny_inputs["input_ids"].shape[1]) % 3]]
+        }
+        options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        cached, uncached = (
+            any_model.generate(**tiny_inputs, **force, **options, use_cache=use_cache) for use_cache in (True, False)
+        )
+    torch.testing.assert_close(torch.stack(uncached.logits), torch.stack(cached.logits), atol=1e-5, rtol=0)
+
+
+def test_embedded_inputs_must_say_where_the_actions_begin(model, tiny_inputs):
+    batch = with_targets(tiny_inputs, model.config)
+    expected = model(**batch).loss
+    features = model.get_image_features(batch.pop("pixel_values"), batch.pop("intrinsics"))
+    embeds = model.embed_inputs(batch.pop("input_ids"), features)
+    with pytest.raises(ValueError, match="Expected `token_type_ids` beside `inputs_embeds` and `labels`"):
+        model(inputs_embeds=embeds, **batch)
+    types = (batch["labels"] != -100).long()
+    torch.testing.assert_close(model(inputs_embeds=embeds, token_type_ids=types, **batch).loss, expected)
+
+
+def test_image_tokens_need_an_image(model, tiny_inputs):
+    del tiny_inputs["pixel_values"]
+    with pytest.raises(ValueError, match="Expected `pixel_values` for the image tokens"):
+        model(**tiny_inputs)
+
+
+def test_positions_count_real_tokens_from_one(model, tiny_inputs):
+    seen = []
+    handle = model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    model.predict_action(**tiny_inputs, chunk_size=1)
+    handle.remove()
+    mask = tiny_inputs["attention_mask"]
+    assert torch.equal(seen[0][mask.bool()], torch.cat([torch.arange(1, row.sum() + 1) for row in mask]))
+    lengths = mask.sum(-1, keepdim=True)
+    assert torch.equal(seen[1], lengths + 1) and torch.equal(seen[2], lengths + 2) and len(seen) == 3
+
+
+def test_a_larger_vocabulary(tiny_config, tiny_inputs):
+    model = build()
+    expected = model.predict_action(**tiny_inputs)
+    model.resize_token_embeddings(1900)
+    assert model.get_output_embeddings().weight.shape[0] == 1900
+    assert torch.equal(model.predict_action(**tiny_inputs).action_ids, expected.action_ids)
 
 
 def test_loss_needs_a_real_action(model, tiny_inputs):

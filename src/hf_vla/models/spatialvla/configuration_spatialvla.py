@@ -1,5 +1,7 @@
 """SpatialVLA configuration."""
 
+import dataclasses
+from difflib import get_close_matches
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -169,14 +171,23 @@ class SpatialVLAConfig(PreTrainedConfig):
         return cls(**{**presets[name], **overrides})
 
     def __post_init__(self, **kwargs):
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in kwargs:
+            if close := get_close_matches(name, known, n=1, cutoff=0.9):
+                raise ValueError(f"SpatialVLAConfig has no {name!r}; did you mean {close[0]!r}?")
         super().__post_init__(**kwargs)
+        self.architectures = self.architectures or ["SpatialVLAForConditionalGeneration"]
         if self.use_ego3d is None:
             self.use_ego3d = self.use_vision_zoe
         if self.action_block_sizes is None and self.spatial_token_num == 8194:
             self.action_block_sizes = [4096, 4096, 2]
 
     def validate_architecture(self):
-        """Check that the action tokens fit the vocabulary and their blocks."""
+        """Check that sizes are positive and that the action tokens fit the vocabulary and their blocks."""
+        for name in ("ego3d_patch_reso", "n_freqs", "zoe_image_size", "spatial_token_num", "action_block_sizes"):
+            value = getattr(self, name)
+            if value is not None and min(value if isinstance(value, list) else [value]) < 1:
+                raise ValueError(f"Expected {name} of 1 or more, got {value}.")
         end = self.action_token_begin_idx + self.spatial_token_num
         if end > self.text_config.vocab_size:
             raise ValueError(

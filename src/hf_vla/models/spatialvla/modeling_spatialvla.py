@@ -7,7 +7,6 @@ Source: SpatialVLA, https://huggingface.co/papers/2501.15830
 """
 
 import json
-import math
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.hub import cached_file
 
 from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer, transfer_embeddings
+from hf_vla.actions.tokenizers.registry import build_action_tokenizer
 from hf_vla.models.base import VLAPreTrainedModel
 from hf_vla.models.outputs import VLAOutput
 from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
@@ -88,7 +88,8 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         """As [`VLAPreTrainedModel.from_pretrained`]; checkpoints in the published layout are read as they are.
 
-        The published layout keeps the grid's resolution and the chunk size with the processor only.
+        The published layout keeps the grid's resolution and the chunk size with the processor only, so they are read
+        there.
         """
         hub_kwargs = {key: kwargs[key] for key in _HUB_KWARGS if key in kwargs}
         model, info = super().from_pretrained(
@@ -105,7 +106,7 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
             )
             if file is not None:
                 with open(file, encoding="utf-8") as stream:
-                    _read_published_grid(model.config, json.load(stream))
+                    _read_grid(model.config, json.load(stream))
         return (model, info) if output_loading_info else model
 
     def train(self, mode: bool = True):
@@ -126,6 +127,10 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         """The language model's head."""
         return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        """Replace the language model's head."""
+        self.language_model.set_output_embeddings(value)
 
     def get_decoder(self):
         """The language model without its head."""
@@ -240,21 +245,21 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
         config, embed_tokens = self.config, self.get_input_embeddings()
         # Gemma scales its embeddings by sqrt(hidden_size) inside `embed_tokens`; ours must be scaled alike.
         scale = getattr(embed_tokens, "scalar_embed_scale", 1.0)
-        is_image = input_ids == config.image_token_index
-        embeds = embed_tokens(input_ids.masked_fill(is_image, config.pad_token_id))
+        embeds = embed_tokens(input_ids)
         if config.use_spatial_token:
             action_ids = input_ids - config.action_token_begin_idx
             is_action = (action_ids >= 0) & (action_ids < config.spatial_token_num)
             spatial = self.spatial_embed_tokens(action_ids.clamp(0, config.spatial_token_num - 1)) * scale
             embeds = torch.where(is_action[..., None], spatial.to(embeds.dtype), embeds)
-        counts, expected = is_image.sum(-1), 0 if image_features is None else image_features.shape[1]
-        if (counts != expected).any():
-            raise ValueError(
-                f"Expected {expected} image tokens in every prompt, one per patch of its image, got {counts.tolist()}."
-            )
         if image_features is not None:
-            image_features = (image_features * scale).to(embeds.dtype)
-            embeds = embeds.masked_scatter(is_image[..., None], image_features)
+            is_image = input_ids == config.image_token_index
+            counts, expected = is_image.sum(-1), image_features.shape[1]
+            if (counts != expected).any():
+                raise ValueError(
+                    f"Expected {expected} image tokens in every prompt, one per patch of its image, "
+                    f"got {counts.tolist()}."
+                )
+            embeds = embeds.masked_scatter(is_image[..., None], (image_features * scale).to(embeds.dtype))
         return embeds
 
     def _decode(
@@ -291,20 +296,26 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
         """Logits of the whole vocabulary: `(..., hidden_size)` -> `(..., vocab_size)`."""
         logits = self.get_output_embeddings()(hidden_states)
         if self._spatial_head:
-            begin = self.config.action_token_begin_idx
-            spatial = F.linear(hidden_states, self.spatial_embed_tokens.weight)
-            logits = torch.cat([logits[..., :begin], spatial, logits[..., begin + spatial.shape[-1] :]], dim=-1)
+            begin, end = self.config.action_token_begin_idx, self.config.spatial_token_num
+            spatial = F.linear(hidden_states, self._spatial_rows(0, end, hidden_states))
+            logits = torch.cat([logits[..., :begin], spatial, logits[..., begin + end :]], dim=-1)
         return self._softcap(logits)
 
     def _action_head(self, hidden_states: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Logits of the action ids `start:stop` alone: `(..., hidden_size)` -> `(..., stop - start)`."""
         if self._spatial_head:
-            return self._softcap(F.linear(hidden_states, self.spatial_embed_tokens.weight[start:stop]))
+            return self._softcap(F.linear(hidden_states, self._spatial_rows(start, stop, hidden_states)))
         head = self.get_output_embeddings()
         rows = slice(self.config.action_token_begin_idx + start, self.config.action_token_begin_idx + stop)
+        if type(head) is not nn.Linear or hasattr(head, "_hf_hook"):
+            # quantised, with an adapter, or offloaded by accelerate: only the module itself knows its weight
+            return self._softcap(head(hidden_states)[..., rows])
         return self._softcap(
             F.linear(hidden_states, head.weight[rows], None if head.bias is None else head.bias[rows])
         )
+
+    def _spatial_rows(self, start: int, stop: int, like: torch.Tensor) -> torch.Tensor:
+        return self.spatial_embed_tokens(torch.arange(start, stop, device=like.device))
 
     @property
     def _spatial_head(self) -> bool:
@@ -352,6 +363,12 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
             raise ValueError("Expected exactly one of `input_ids` and `inputs_embeds`.")
         is_suffix = None
         if past_key_values is None or past_key_values.get_seq_length() == 0:
+            if inputs_embeds is not None and labels is not None and token_type_ids is None:
+                raise ValueError(
+                    "Expected `token_type_ids` beside `inputs_embeds` and `labels`: where do actions begin?"
+                )
+            if pixel_values is None and input_ids is not None and (input_ids == self.config.image_token_index).any():
+                raise ValueError("Expected `pixel_values` for the image tokens of the prompt, got none.")
             is_suffix = self._suffix_mask(token_type_ids, input_ids, inputs_embeds)
         if inputs_embeds is None:
             features = None if pixel_values is None else self.get_image_features(pixel_values, intrinsics, depth)
@@ -388,11 +405,28 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
         """Show the image to the first step only; later ones have it in the cache."""
         inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
         inputs.pop("position_ids", None)  # ours count from 1 and come from the attention mask
-        inputs.pop("token_type_ids", None)
         if not is_first_iteration and kwargs.get("use_cache", True):
             for key in ("pixel_values", "intrinsics", "depth"):
                 inputs.pop(key, None)
         return inputs
+
+    def _expand_inputs_for_generation(self, *args, input_ids=None, **model_kwargs):
+        """Mark the prompt as such, and give every sample a camera matrix, before beams multiply the batch."""
+        if (intrinsics := model_kwargs.get("intrinsics")) is not None and intrinsics.ndim == 2:
+            model_kwargs["intrinsics"] = intrinsics.expand(len(input_ids), 3, 3)
+        model_kwargs["token_type_ids"] = torch.zeros_like(input_ids)
+        return super()._expand_inputs_for_generation(*args, input_ids=input_ids, **model_kwargs)
+
+    def _update_model_kwargs_for_generation(self, *args, num_new_tokens: int = 1, **kwargs):
+        """Mark what has been generated as suffix: without a cache it is seen again, and is no part of the prompt."""
+        model_kwargs = super()._update_model_kwargs_for_generation(*args, num_new_tokens=num_new_tokens, **kwargs)
+        model_kwargs["token_type_ids"][:, -num_new_tokens:] = 1
+        return model_kwargs
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
+        """Leave the mask as it is: `forward` knows where the prompt ends."""
+        return attention_mask
 
     @torch.no_grad()
     def predict_action(
@@ -406,6 +440,7 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
         do_sample: bool = False,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        num_inference_steps: int | None = None,
     ) -> VLAOutput:
         """Generate the action tokens of a chunk, each chosen within the block that stands at its place.
 
@@ -418,27 +453,33 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
             do_sample (`bool`): sample instead of taking the most likely id.
             temperature (`float`): divides the logits before sampling.
             generator (`torch.Generator`, *optional*): makes sampling repeatable.
+            num_inference_steps: of heads that denoise; this model has none and takes only `None`.
 
         Returns:
             [`VLAOutput`] with `action_ids` `(batch_size, chunk_size * num_blocks)` in `[0, spatial_token_num)` and
             `logits` `(batch_size, chunk_size * num_blocks, spatial_token_num)`.
 
         Raises:
-            ValueError: the prompt is right-padded, or the checkpoint does not tell its blocks or chunk size.
+            ValueError: the prompt is right-padded, the checkpoint does not tell its blocks or chunk size, the scores
+                are NaN or infinite, or the model is training with activation checkpointing, which has no cache.
         """
         config = self.config
-        chunk_size = chunk_size or config.chunk_size
-        if chunk_size is None or config.action_block_sizes is None:
+        chunk_size = config.chunk_size if chunk_size is None else chunk_size
+        if chunk_size is None or chunk_size < 1 or config.action_block_sizes is None:
             raise ValueError(
-                f"Expected config.chunk_size and config.action_block_sizes, got {chunk_size} and "
+                f"Expected a chunk_size of 1 or more and config.action_block_sizes, got {chunk_size} and "
                 f"{config.action_block_sizes}: set them to the processor's chunk size and its grid's block sizes."
             )
+        if num_inference_steps is not None:
+            raise ValueError("SpatialVLA generates tokens and denoises nothing: leave num_inference_steps out.")
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise ValueError("Expected prompts padded on the left, got padding at the end of a prompt.")
         if temperature <= 0:
             raise ValueError(
-                f"Expected a temperature above 0, got {temperature}; use do_sample=False for the likeliest id."
+                f"Expected a temperature above 0, got {temperature}; for the likeliest id do_sample=False."
             )
+        if self.training and self.is_activation_checkpointing:
+            raise ValueError("Activation checkpointing keeps no cache in training mode: call model.eval() first.")
 
         embeds = self.embed_inputs(input_ids, self.get_image_features(pixel_values, intrinsics, depth))
         if attention_mask is None:
@@ -458,6 +499,12 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
             block = step % len(stops)
             start, stop = stops[block] - config.action_block_sizes[block], stops[block]
             scores = self._action_head(hidden.last_hidden_state[:, -1], start, stop).float()
+            if not (finite := torch.isfinite(scores).all(-1)).all():
+                raise ValueError(
+                    f"The scores of action token {step} are NaN or infinite for samples "
+                    f"{(~finite).nonzero()[:, 0].tolist()}: are their images, depth and intrinsics finite, and do the "
+                    "weights fit their precision?"
+                )
             logits[:, step, start:stop] = scores
             if do_sample:
                 probabilities = (scores / temperature).softmax(-1)
@@ -471,15 +518,18 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
-def _read_published_grid(config: SpatialVLAConfig, processor_config: dict) -> None:
-    """Fill the config's `chunk_size` and `action_block_sizes` from a published processor_config.json."""
-    bins = processor_config["action_config"]["num_bins"]
-    config.chunk_size = processor_config["action_chunk_size"]
-    config.action_block_sizes = [
-        math.prod(bins["translation"].values()),
-        math.prod(bins["rotation"].values()),
-        bins["gripper"],
-    ]
+def _read_grid(config: SpatialVLAConfig, processor_config: dict) -> None:
+    """Fill the config's `chunk_size` and `action_block_sizes` from processor_config.json, published or ours."""
+    actions = processor_config.get("action_config") or {}
+    if "bin_policy" in processor_config:
+        grid = GaussianGridTokenizer.from_published(actions, processor_config["bin_policy"])
+        config.chunk_size = processor_config["action_chunk_size"]
+    elif actions.get("tokenizer") is not None:
+        grid = build_action_tokenizer(actions["tokenizer"])
+        config.chunk_size = actions["chunk_size"]
+    else:
+        return
+    config.action_block_sizes = [end - start for _, start, end in grid.blocks]
     config.validate_architecture()
 
 
