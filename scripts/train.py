@@ -6,9 +6,14 @@ Every value of the recipe can be overridden: `--training.max_steps 20`.
 import logging
 import sys
 
+from accelerate import PartialState
+
 from hf_vla.training.arguments import parse_recipe
 from hf_vla.training.trainer import train
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     train(parse_recipe(sys.argv[1:]))
+    # A process that leaves while its group still talks may abort, and take the others with it in mid-save.
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()

@@ -1,5 +1,6 @@
 """Training: the Hugging Face Trainer with the processor beside every checkpoint and an error in robot units."""
 
+import inspect
 import json
 import logging
 import math
@@ -33,6 +34,14 @@ class VLATrainer(Trainer):
     `processing_class` is the processor, `data_collator` a [`~hf_vla.data.collator.VLACollator`]. Metrics are in robot
     units, see [`action_error`], over `args.eval_action_samples` frames of the evaluation set.
     """
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """Ask models that score a vocabulary for one position's logits: the loss has its own, the rest is memory."""
+        base = self.accelerator.unwrap_model(model)
+        base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        if "logits_to_keep" in inspect.signature(base.forward).parameters:
+            inputs = {**inputs, "logits_to_keep": 1}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """Add the action errors to the loss that the Trainer computes."""

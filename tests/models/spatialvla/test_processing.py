@@ -225,8 +225,14 @@ def test_an_image_placeholder_in_front_is_understood(tiny_processor, image):
         ({"text": ["a", "b", "c"]}, "Got 1 images, 3 texts and 1 unnorm_keys"),
         ({"state": np.zeros(8)}, "SpatialVLA takes no state"),
         ({"reasoning": "the cube is red"}, "SpatialVLA takes no reasoning"),
-        ({"text": "push <ACTION00001>"}, "image or action tokens in it: 'push <ACTION00001>'"),
-        ({"text": "push <image>"}, "image or action tokens in it"),
+        ({"text": "push <ACTION00001>"}, r"control tokens \['<ACTION00001>'\] in it: 'push <ACTION00001>'"),
+        ({"text": "push <image>"}, r"control tokens \['<image>'\] in it"),
+        ({"text": "push<eos>"}, r"control tokens \['<eos>'\] in it"),
+        ({"text": [None]}, "Expected an instruction in words, got None"),
+        ({"images": [], "text": []}, "Got 0 images"),
+        ({"unnorm_key": "smal", "intrinsics": np.eye(3)}, "No action statistics for 'smal'"),
+        ({"intrinsics": np.ones(3)}, r"Expected intrinsics of shape \(3, 3\) or \(1, 3, 3\), got \(3,\)"),
+        ({"depth": np.ones((4, 4), np.uint16)}, "are these millimetres"),
         ({"unnorm_key": "smal"}, r"No action statistics for 'smal'; .*\['large', 'small'\].*Did you mean 'small'"),
         ({"depth": np.zeros((4, 4))}, "Expected a depth above 0 metres in every pixel"),
         ({"depth": np.ones((2, 4, 4))}, r"Expected depth of shape \(1, height, width\) in metres, got \(2, 4, 4\)"),
@@ -284,3 +290,34 @@ def test_no_camera_and_no_default(tiny_processor, image):
         processor(images=image, text="push", unnorm_key="large")
     without = SpatialVLAProcessor(*arguments, tiny_processor.action_config)
     assert "intrinsics" not in without(images=image, text="push", unnorm_key="large")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_tensors_of_any_precision(tiny_processor, image, chunk, dtype):
+    inputs = {"actions": torch.tensor(chunk), "depth": torch.ones(4, 4), "intrinsics": torch.eye(3)}
+    inputs = {key: value.to(dtype).requires_grad_() for key, value in inputs.items()}
+    batch = tiny_processor(images=image, text="push", unnorm_key="small", **inputs)
+    assert batch["depth"].dtype == batch["intrinsics"].dtype == torch.float32
+    listed = tiny_processor(images=[image], text="push", unnorm_key="small", actions=[inputs["actions"]])
+    assert torch.equal(listed["labels"], batch["labels"])
+
+
+def test_geometry_is_not_cast(tiny_processor, image):
+    batch = tiny_processor(images=image, text="push", unnorm_key="small", depth=np.full((4, 4), 0.777))
+    intrinsics, depth = batch["intrinsics"].clone(), batch["depth"].clone()
+    batch = batch.to("cpu", torch.bfloat16)
+    assert batch["pixel_values"].dtype == torch.bfloat16 and batch["input_ids"].dtype == torch.int64
+    assert torch.equal(batch["intrinsics"], intrinsics) and torch.equal(batch["depth"], depth)
+    assert {**batch}.keys() >= {"pixel_values", "intrinsics", "depth", "input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize("wrong", [{"do_normalize": True}, {"do_rescale": False}])
+def test_pixels_are_rescaled_here_and_normalised_in_the_model(tiny_processor, wrong):
+    image_processor = type(tiny_processor.image_processor)(**{**tiny_processor.image_processor.to_dict(), **wrong})
+    with pytest.raises(ValueError, match=r"rescales to \[0, 1\] and leaves normalising to the model"):
+        SpatialVLAProcessor(image_processor, tiny_processor.tokenizer)
+
+
+def test_clipping_needs_a_whole_chunk(tiny_processor):
+    with pytest.raises(ValueError, match="Expected 12 action tokens, got 3"):
+        tiny_processor.decode_actions(torch.tensor([[260, 261, 262]]), "small", clip_ids=True)

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from transformers import BatchFeature, ProcessorMixin
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-from transformers.utils import ModelOutput
 
 from hf_vla.actions.codec import ActionCodec
 from hf_vla.actions.spec import CameraSpec
@@ -18,6 +17,17 @@ from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
 IMAGE_TOKEN = "<image>"
 DEFAULT_CAMERA = "default"
 IGNORED = -100  # label that no loss sees
+
+
+class SpatialVLAFeatures(BatchFeature):
+    """A batch whose camera geometry stays float32 when `.to(dtype)` casts the rest: bfloat16 would shift it."""
+
+    def to(self, *args, **kwargs) -> "SpatialVLAFeatures":
+        """Move to a device, cast to a precision, or both."""
+        geometry = {key: self[key] for key in ("intrinsics", "depth") if key in self}
+        super().to(*args, **kwargs)
+        self.update({key: value.to(self["pixel_values"].device) for key, value in geometry.items()})
+        return self
 
 
 class SpatialVLAProcessor(ProcessorMixin):
@@ -45,6 +55,10 @@ class SpatialVLAProcessor(ProcessorMixin):
         camera_config=None,
         chat_template=None,
     ):
+        if image_processor is None or image_processor.do_normalize or not image_processor.do_rescale:
+            raise ValueError(
+                "Expected an image processor that rescales to [0, 1] and leaves normalising to the model."
+            )
         if not isinstance(image_processor, SiglipImageProcessorPil):  # the torchvision backend resizes differently
             image_processor = SiglipImageProcessorPil(**image_processor.to_dict())
         self.statistics, self.action_config, self.camera_config = statistics, action_config, camera_config
@@ -53,7 +67,6 @@ class SpatialVLAProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         if not hasattr(image_processor, "image_seq_length"):
             raise ValueError("Expected an image processor with `image_seq_length`, the number of patches of an image.")
-        self.image_token_id = self._token_id(IMAGE_TOKEN)
         self.action_token_begin = self._token_id("<ACTION00000>")
         if self.action_codec.tokenizer is not None:
             last = self.action_codec.tokenizer.vocab_size - 1
@@ -61,6 +74,10 @@ class SpatialVLAProcessor(ProcessorMixin):
                 raise ValueError(
                     f"Expected the {last + 1} action tokens to have consecutive ids; this tokenizer's have not."
                 )
+
+        # what an instruction may not hold; unknown characters are no crime
+        self._control_ids = {self._token_id(IMAGE_TOKEN), *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        self._control_ids.update(range(self.action_token_begin, len(tokenizer)))
 
     @classmethod
     def from_scratch(cls, config: SpatialVLAConfig, statistics: dict, action_config: dict, camera_config: dict):
@@ -127,11 +144,14 @@ class SpatialVLAProcessor(ProcessorMixin):
         images = [to_rgb(image) for image in (images if _is_batch(images) else [images])]
         texts = [text] * len(images) if isinstance(text, str) else list(text)
         keys = unnorm_key if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * len(images)
-        if not len(texts) == len(keys) == len(images):
+        if not len(texts) == len(keys) == len(images) or not images:
             raise ValueError(
                 f"Got {len(images)} images, {len(texts)} texts and {len(keys)} unnorm_keys: give one per sample."
             )
 
+        for key in keys:
+            if key is not None and key not in self.cameras:
+                self.action_codec.resolve_key(key)
         pixel_values = self.image_processor(images, return_tensors="np")["pixel_values"]
         size = pixel_values.shape[-2:]
         data = {"pixel_values": pixel_values}
@@ -145,13 +165,13 @@ class SpatialVLAProcessor(ProcessorMixin):
             data.update(self._padded(prompts, left=True))
         else:
             data.update(self._with_targets(prompts, actions, action_mask, keys))
-        return BatchFeature(data, tensor_type=return_tensors)
+        return SpatialVLAFeatures(data, tensor_type=return_tensors)
 
     def decode_actions(self, output, unnorm_key=None, clip_ids=False) -> np.ndarray:
         """Turn predicted ids into robot actions.
 
         Args:
-            output ([`VLAOutput`] of `predict_action`, or the new token ids of `generate`, `(batch_size, L)`).
+            output ([`VLAOutput`] of `predict_action`, or the ids of `generate` behind the prompt, `(batch_size, L)`).
             unnorm_key (`str` or `list[str]`, *optional*): dataset whose robot acts, one for all or one per sample;
                 may be left out where the checkpoint knows one dataset.
             clip_ids (`bool`): move an id of `generate` that lies outside its block to the block's nearest end, as the
@@ -168,9 +188,11 @@ class SpatialVLAProcessor(ProcessorMixin):
                 raise ValueError("Expected an output of predict_action, got a VLAOutput without `action_ids`.")
             ids = output.action_ids.cpu().numpy()
         else:
-            ids = self._generated_ids(output.sequences if isinstance(output, ModelOutput) else output)
+            ids = self._generated_ids(output)
         if clip_ids:
             low, stop = self.action_codec.tokenizer.id_ranges(self.action_codec.chunk_size).T
+            if ids.shape[-1] != len(low):
+                raise ValueError(f"Expected {len(low)} action tokens, got {ids.shape[-1]}.")
             ids = np.clip(ids, low, stop - 1)
         if not isinstance(unnorm_key, (list, tuple)):
             return self.action_codec.decode(ids, unnorm_key)
@@ -186,12 +208,15 @@ class SpatialVLAProcessor(ProcessorMixin):
 
     def _prompt_ids(self, text: str) -> list[int]:
         """`<image>` for every patch, `<bos>`, the instruction, a newline: the same in training and inference."""
+        if not isinstance(text, str):
+            raise ValueError(f"Expected an instruction in words, got {text!r}.")
         text = text.removeprefix(IMAGE_TOKEN)
         num_images = self.image_processor.image_seq_length
         prompt = f"{IMAGE_TOKEN * num_images}{self.tokenizer.bos_token}{text}\n"
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        if any(index >= self.action_token_begin or index == self.image_token_id for index in ids[num_images:]):
-            raise ValueError(f"Expected an instruction in words, got image or action tokens in it: {text!r}.")
+        if control := sorted(self._control_ids.intersection(ids[num_images + 1 :])):
+            tokens = self.tokenizer.convert_ids_to_tokens(control)
+            raise ValueError(f"Expected an instruction in words, got the control tokens {tokens} in it: {text!r}.")
         return ids
 
     def _padded(self, rows: list[list[int]], left: bool) -> dict[str, np.ndarray]:
@@ -203,9 +228,9 @@ class SpatialVLAProcessor(ProcessorMixin):
         return {"input_ids": np.array(ids), "attention_mask": np.array(mask)}
 
     def _with_targets(self, prompts, actions, action_mask, keys) -> dict[str, np.ndarray]:
-        actions = np.asarray(actions)
+        actions = _as_numpy(actions)
         actions = actions[None] if actions.ndim == 2 else actions
-        mask = np.ones(actions.shape[:2], bool) if action_mask is None else np.asarray(action_mask, bool)
+        mask = np.ones(actions.shape[:2], bool) if action_mask is None else _as_numpy(action_mask).astype(bool)
         mask = mask.reshape(-1, mask.shape[-1])
         if len(actions) != len(prompts) or mask.shape != actions.shape[:2]:
             raise ValueError(
@@ -232,7 +257,12 @@ class SpatialVLAProcessor(ProcessorMixin):
     def _intrinsics(self, images, keys, intrinsics, size) -> np.ndarray | None:
         """Camera matrix of every sample in pixels of the model's image; None where no camera is known at all."""
         if intrinsics is not None:
-            matrices = np.broadcast_to(np.asarray(intrinsics, np.float64), (len(images), 3, 3))
+            matrices = _as_numpy(intrinsics)
+            if matrices.shape not in ((3, 3), (len(images), 3, 3)):
+                raise ValueError(
+                    f"Expected intrinsics of shape (3, 3) or ({len(images)}, 3, 3), got {matrices.shape}."
+                )
+            matrices = np.broadcast_to(matrices, (len(images), 3, 3))
             cameras = [CameraSpec(None, *image.size, matrix) for image, matrix in zip(images, matrices, strict=True)]
         else:
             cameras = [self.camera(key) for key in keys]
@@ -275,7 +305,9 @@ def _is_batch(images) -> bool:
 
 
 def _resized_depth(depth, batch_size: int, size: tuple[int, int]) -> np.ndarray:
-    depth = torch.as_tensor(np.asarray(depth), dtype=torch.float32)
+    depth = torch.from_numpy(_as_numpy(depth))
+    if not depth.is_floating_point():
+        raise ValueError(f"Expected depth in metres as floating point, got {depth.dtype}: are these millimetres?")
     depth = depth[None] if depth.ndim == 2 else depth
     if depth.ndim != 3 or len(depth) != batch_size:
         raise ValueError(f"Expected depth of shape ({batch_size}, height, width) in metres, got {tuple(depth.shape)}.")
@@ -283,7 +315,19 @@ def _resized_depth(depth, batch_size: int, size: tuple[int, int]) -> np.ndarray:
         raise ValueError(
             "Expected a depth above 0 metres in every pixel, got zero, negative, NaN or infinite ones: fill holes."
         )
-    return F.interpolate(depth[:, None], size, mode="nearest-exact")[:, 0].numpy()
+    return F.interpolate(depth[:, None].float(), size, mode="nearest-exact")[:, 0].numpy()
+
+
+def _as_numpy(values) -> np.ndarray:
+    """Tensors of any device and precision, arrays and lists alike."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+    return np.stack([_as_numpy(value) for value in values]) if _is_list_of_arrays(values) else np.asarray(values)
+
+
+def _is_list_of_arrays(values) -> bool:
+    return isinstance(values, (list, tuple)) and any(isinstance(value, (torch.Tensor, np.ndarray)) for value in values)
 
 
 def _from_published(published: dict) -> dict:
