@@ -84,12 +84,35 @@ def test_bad_chunks_are_refused():
         ensembler.update(np.zeros((2, 4, 3)))
 
 
-@pytest.mark.parametrize("steps", [0, -1, 2.5, None])
+@pytest.mark.parametrize("steps", [0, -1, 2.5, None, True])
 def test_bad_n_action_steps_are_refused(steps):
     with pytest.raises(ValueError, match="Expected n_action_steps of 1 or more, came"):
         RecedingHorizon(steps)
 
 
-def test_a_coefficient_that_is_not_finite_is_refused():
-    with pytest.raises(ValueError, match="finite ensembling coefficient, came nan"):
-        TemporalEnsembler(float("nan"))
+def test_n_action_steps_may_be_numpys():
+    horizon = RecedingHorizon(np.int64(2))
+    horizon.push(np.zeros((2, 1)))
+    assert horizon.n_action_steps == 2
+
+
+@pytest.mark.parametrize("coefficient", ["nan", "inf", "-inf"])
+def test_a_coefficient_that_is_not_finite_is_refused(coefficient):
+    with pytest.raises(ValueError, match=f"finite ensembling coefficient, came {coefficient}"):
+        TemporalEnsembler(float(coefficient))
+
+
+@pytest.mark.parametrize(("coefficient", "chosen"), [(-1e308, "newest"), (-300.0, "newest"), (1e308, "oldest")])
+def test_an_extreme_coefficient_leaves_one_prediction(coefficient, chosen):
+    ensembler = TemporalEnsembler(coefficient)
+    for step in range(6):
+        action = ensembler.update(np.full((4, 1), float(step)))
+        np.testing.assert_array_equal(action, [step if chosen == "newest" else max(0, step - 3)])
+
+
+def test_a_skipped_prediction_does_not_fade_the_others():
+    ensembler = TemporalEnsembler(-0.5, skip_zeros=True)
+    for chunk in ([[1.0], [1.0], [1.0]], [[0.0], [0.0], [0.0]]):
+        ensembler.update(chunk)
+    weights = np.exp([0.0, 0.5])
+    np.testing.assert_allclose(ensembler.update([[3.0], [3.0], [3.0]]), [weights @ [1.0, 3.0] / weights.sum()])

@@ -151,13 +151,19 @@ def test_specs_that_do_not_fit_are_refused():
             r"Expected a dictionary for action_config\['normalization'\], came str",
         ),
         ([], "Expected a dictionary for action_config, came list"),
-        ({}, "chunk_size of 1 or more in action_config, came None"),
-        ({"chunk_size": 0}, "chunk_size of 1 or more in action_config, came 0"),
+        ({}, r"Expected action_config\['chunk_size'\] of 1 or more, came None"),
+        ({"chunk_size": 0}, r"Expected action_config\['chunk_size'\] of 1 or more, came 0"),
+        ({"chunk_size": True}, r"Expected action_config\['chunk_size'\] of 1 or more, came True \(bool\)"),
+        (CONFIG | {"tokenizer": "uniform"}, r"dictionary like \{'type': 'uniform'\}, came 'uniform'"),
     ],
 )
 def test_unknown_or_missing_configuration_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
         ActionCodec({"bridge": BRIDGE}, config)
+
+
+def test_a_chunk_size_of_numpy_is_one():
+    assert ActionCodec({"bridge": BRIDGE}, CONFIG | {"chunk_size": np.int64(T)}).chunk_size == T
 
 
 def test_a_processor_without_actions_can_be_built_but_not_used(chunk):
@@ -172,6 +178,10 @@ def test_bad_statistics_name_their_dataset():
         ActionCodec({"bridge": {"state": {}}}, CONFIG).normalizer()
     with pytest.raises(ValueError, match=r"Action statistics of 'bridge': Normalization mode 'quantile' needs"):
         ActionCodec({"bridge": {"action": {"mean": [0.0], "std": [1.0]}}}, CONFIG).normalizer()
+    with pytest.raises(
+        ValueError, match=r"Action statistics of 'bridge': Expected 'q99' for 4 dimensions, came shape"
+    ):
+        ActionCodec({"bridge": {"action": {"q01": [0.0] * 4, "q99": [1.0] * 3}}}, CONFIG).normalizer()
 
 
 @pytest.mark.parametrize("shape", [(T + 1, D), (T, D - 1), (D,), ()])

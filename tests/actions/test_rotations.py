@@ -76,6 +76,18 @@ def test_gimbal_lock_keeps_the_rotation_without_a_warning(euler, pitch):
     np.testing.assert_allclose(convert(back, euler, "matrix"), matrix, atol=1e-7)
 
 
+@pytest.mark.parametrize("source", ["quaternion_wxyz", "quaternion_xyzw", "rot6d", "matrix"])
+@pytest.mark.parametrize("scale", [1e200, 1e308, 1e-3])
+def test_scale_does_not_matter(source, scale):
+    matrices = Rotation.random(5, rng=np.random.default_rng(2)).as_matrix()
+    values = convert(matrices, "matrix", source)
+    np.testing.assert_allclose(convert(scale * values, source, "matrix"), matrices, atol=1e-12)
+
+
+def test_rows_of_rot6d_may_differ_in_length():
+    np.testing.assert_allclose(convert([1e200, 0, 0, 5, 1e-3, 0], "rot6d", "matrix"), np.eye(3), atol=1e-12)
+
+
 def test_no_rotations_are_no_rotations():
     assert convert(np.empty((0, 5, 6)), "rot6d", "matrix").shape == (0, 5, 3, 3)
 
@@ -90,6 +102,7 @@ def test_no_rotations_are_no_rotations():
         (np.diag([1, 1, -1]), "matrix", "matrix values that name a rotation"),
         ([0, np.nan, 0], "euler_xyz", "Expected finite euler_xyz values, came NaN or infinity"),
         ([0, np.inf, 0], "axis_angle", "Expected finite axis_angle values"),
+        ([0, 1e200, 0], "axis_angle", "axis_angle values that name a rotation, came .* degenerate"),
         ([0, 0, 0], "quaternion_xyzw", r"Expected quaternion_xyzw of shape \(..., 4\), came \(3,\)"),
         (np.zeros(9), "matrix", r"Expected matrix of shape \(..., 3, 3\), came \(9,\)"),
     ],

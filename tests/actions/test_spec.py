@@ -80,6 +80,10 @@ def test_invalid_action_specs_are_refused(changes, message):
 def test_invalid_gripper_and_state_are_refused():
     with pytest.raises(ValueError, match="gripper index of 0 or more, came -1"):
         GripperSpec(-1, 0.0, 1.0)
+    with pytest.raises(ValueError, match=r"gripper index of 0 or more, came True \(bool\)"):
+        GripperSpec(True, 0.0, 1.0)
+    with pytest.raises(ValueError, match="came open=True and closed=0.0"):
+        GripperSpec(0, True, 0.0)
     with pytest.raises(ValueError, match=r"two different, finite gripper ends, came open=1.0 and closed=1.0"):
         GripperSpec(0, 1.0, 1.0)
     with pytest.raises(ValueError, match="came open=nan"):
@@ -93,8 +97,10 @@ def test_invalid_gripper_and_state_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"width": 0}, "camera size above 0, came 0 x 480"),
-        ({"height": -3}, "camera size above 0, came 640 x -3"),
+        ({"width": 0}, "camera width in pixels of 1 or more, came 0"),
+        ({"height": -3}, "camera height in pixels of 1 or more, came -3"),
+        ({"height": 480.5}, r"camera height in pixels of 1 or more, came 480.5 \(float\)"),
+        ({"width": True}, r"camera width in pixels of 1 or more, came True \(bool\)"),
         ({"intrinsics": [[1, 0], [0, 1]]}, r"Expected 3 x 3 intrinsics, came shape \(2, 2\)"),
         ({"intrinsics": [[1, 0], [0]]}, r"Expected 3 x 3 intrinsics, came \[\[1, 0\], \[0\]\]"),
         ({"intrinsics": np.zeros((3, 3))}, "positive focal lengths"),
@@ -104,6 +110,15 @@ def test_invalid_gripper_and_state_are_refused():
 def test_invalid_cameras_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CAMERA, **changes)
+
+
+def test_integers_of_numpy_are_integers():
+    size = np.array([[8, 4]])
+    camera, gripper = CameraSpec(None, size.shape[1], *size[0, 1:]), GripperSpec(np.uint8(3), 0.0, 1.0)
+    assert camera.to_dict() | {"gripper": gripper.to_dict()} == json.loads(
+        json.dumps(camera.to_dict() | {"gripper": gripper.to_dict()})
+    )
+    assert (type(camera.height), type(gripper.index)) == (int, int)
 
 
 def test_scaled_camera_projects_to_the_scaled_pixel():

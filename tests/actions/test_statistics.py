@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -53,6 +54,16 @@ def test_updates_copy_the_callers_rows(rows):
     statistics = gathered(buffer)
     buffer[:] = 0
     assert_equals_numpy(statistics, rows[:100])
+
+
+def test_arrays_given_and_taken_are_the_callers_own(rows):
+    gathered_ones = gathered(rows)
+    written = gathered_ones.to_dict()
+    given = gathered_ones.summary()
+    read = ActionStatistics.from_dict(given | {"count": len(rows)})
+    for values in (*given.values(), *read.summary().values()):
+        values += 1.0
+    assert gathered_ones.to_dict() == read.to_dict() == written
 
 
 @pytest.mark.parametrize("how", ["streamed", "sketch + sketch", "exact + sketch", "sketch + exact", "exact + exact"])
@@ -132,7 +143,11 @@ def test_bad_rows_are_refused():
         statistics.merge(gathered(np.zeros((1, 2))))
     with pytest.raises(ValueError, match="came a single number"):
         statistics.update(1.0)
-    assert statistics.count == 2  # a refused update leaves no trace
+    with pytest.raises(ValueError, match=r"at most 1e\+100 in magnitude, came 1e\+300; repair them"):
+        statistics.update([[0.0, -1e300, 0.0]])
+    statistics.update(np.full((1, 3), 1e100))
+    assert np.isfinite(statistics.summary()["std"]).all()
+    assert statistics.count == 3  # a refused update leaves no trace
     with pytest.raises(ValueError, match="at least one row of actions"):
         ActionStatistics().to_dict()
 
@@ -147,6 +162,15 @@ def test_bad_files_are_refused(rows):
         ActionStatistics.from_dict(good | {"max": [0, 0]})
     with pytest.raises(ValueError, match="Expected finite statistics 'std', came nan at row 0, dimension 1"):
         ActionStatistics.from_dict(good | {"std": [0, np.nan, 0]})
+    with pytest.raises(ValueError, match=r"Expected std >= 0, came \[1, -1, 1\]; compute the statistics anew"):
+        ActionStatistics.from_dict(good | {"std": [1, -1, 1]})
+    for low, high in (("min", "max"), ("q01", "q99"), ("q10", "q90")):
+        with pytest.raises(ValueError, match=rf"Expected {low} <= {high}, came {low}=\[0, 9, 0\], {high}=\[1, 1, 1\]"):
+            ActionStatistics.from_dict(good | {low: [0, 9, 0], high: [1, 1, 1]})
+    for count in (-3, 0, 2.5, float("nan"), True, [3, 3], "3"):
+        with pytest.raises(ValueError, match=f"count of 1 or more, came {re.escape(repr(count))}; compute"):
+            ActionStatistics.from_dict(good | {"count": count})
+    assert ActionStatistics.from_dict(good | {"count": 3.0}).count == 3
 
 
 def test_statistics_that_were_read_cannot_go_on(rows):

@@ -15,6 +15,7 @@ from collections import deque
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hf_vla.actions.spec import whole_number
 from hf_vla.actions.statistics import check_finite
 
 
@@ -35,9 +36,7 @@ class RecedingHorizon:
     """
 
     def __init__(self, n_action_steps: int):
-        if not isinstance(n_action_steps, int) or n_action_steps < 1:
-            raise ValueError(f"Expected n_action_steps of 1 or more, came {n_action_steps!r}.")
-        self.n_action_steps = n_action_steps
+        self.n_action_steps = whole_number(n_action_steps, "n_action_steps")
         self._actions: deque[np.ndarray] = deque()
 
     @property
@@ -129,8 +128,12 @@ class TemporalEnsembler:
                 f"{actions.shape}; call reset() between episodes."
             )
         taken = (predicted != 0).any(axis=-1, keepdims=True) | (not self.skip_zeros)
-        weight = taken * np.exp(-self.coefficient * counts)
+        # Below 0 the older ones fade instead of the newer ones growing: the same average, and no weight overflows.
+        weight = taken * math.exp(-max(self.coefficient, 0.0)) ** counts
+        fade = np.where(taken, math.exp(min(self.coefficient, 0.0)), 1.0)
+        sums *= fade
         sums += weight * predicted
+        weights *= fade
         weights += weight
         counts += taken
         action = sums[0] / np.where(weights[0] == 0, 1.0, weights[0])  # none taken: all were zero, and so is this

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hf_vla.actions.normalization import ActionNormalizer
-from hf_vla.actions.spec import ActionSpec, StateSpec
+from hf_vla.actions.spec import ActionSpec, StateSpec, whole_number
 from hf_vla.actions.tokenizers.registry import build_action_tokenizer
 
 CONFIG_KEYS = ("chunk_size", "normalization", "tokenizer", "specs")
@@ -35,8 +35,8 @@ class ActionCodec:
         config = {} if action_config is None else action_config
         _require_known(config, CONFIG_KEYS, "action_config")
         self.chunk_size = config.get("chunk_size")
-        if action_config is not None and not (isinstance(self.chunk_size, int) and self.chunk_size > 0):
-            raise ValueError(f"Expected a chunk_size of 1 or more in action_config, came {self.chunk_size!r}.")
+        if action_config is not None:
+            self.chunk_size = whole_number(self.chunk_size, "action_config['chunk_size']")
         self._normalization = config.get("normalization") or {}
         _require_known(self._normalization, NORMALIZATION_KEYS, "action_config['normalization']")
         tokenizer = config.get("tokenizer")

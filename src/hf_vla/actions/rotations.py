@@ -15,6 +15,7 @@ _SHAPES: dict[str, tuple[int, ...]] = {
 }
 _EULER = re.compile(r"euler_(?!.*(.)\1)([xyz]{3}|[XYZ]{3})")
 _DEGENERATE = 1e-6  # shorter vectors have no direction worth trusting
+_ENDLESS = 1e100  # radians; the square of the angle must not overflow
 
 
 def rotation_shape(rotation_format: str) -> tuple[int, ...]:
@@ -60,7 +61,7 @@ def convert(rotation: ArrayLike, source: str, target: str) -> np.ndarray:
 
     Raises:
         ValueError: a format is unknown, the shape does not fit it, a value is NaN or infinite, or the numbers name no
-            rotation (zero quaternion, parallel or zero rot6d rows, singular or mirroring matrix).
+            rotation (zero quaternion, parallel or zero rot6d rows, singular or mirroring matrix, endless angle).
 
     Source: rot6d, Zhou et al. 2019, https://huggingface.co/papers/1812.07035; the rest, scipy's `Rotation`.
     """
@@ -79,15 +80,16 @@ def convert(rotation: ArrayLike, source: str, target: str) -> np.ndarray:
 
 def _from_format(values, source):
     if source == "axis_angle":
+        _require(np.abs(values).max(axis=1) < _ENDLESS, source, values)
         return Rotation.from_rotvec(values)
     if source == "rot6d":
         return Rotation.from_matrix(_gram_schmidt(values))
     if source == "matrix":
-        _require(np.linalg.det(values) > _DEGENERATE * np.abs(values).max(axis=(1, 2)) ** 3, source, values)
-        return Rotation.from_matrix(values)
+        scaled = _tamed(values)
+        _require(np.linalg.det(scaled) > _DEGENERATE * np.abs(scaled).max(axis=(1, 2)) ** 3, source, values)
+        return Rotation.from_matrix(scaled)
     if source in ("quaternion_wxyz", "quaternion_xyzw"):
-        _require(np.linalg.norm(values, axis=1) > _DEGENERATE, source, values)
-        return Rotation.from_quat(values, scalar_first=source == "quaternion_wxyz")
+        return Rotation.from_quat(_unit(values, source, values), scalar_first=source == "quaternion_wxyz")
     return Rotation.from_euler(source.removeprefix("euler_"), values)
 
 
@@ -104,15 +106,22 @@ def _to_format(rotation, target):
 
 
 def _gram_schmidt(values):
-    first, second = values[:, :3], values[:, 3:]
-    first_norm, second_norm = (np.linalg.norm(row, axis=1, keepdims=True) for row in (first, second))
-    _require((np.minimum(first_norm, second_norm) > _DEGENERATE)[:, 0], "rot6d", values)
-    first, second = first / first_norm, second / second_norm
-    second = second - (first * second).sum(axis=1, keepdims=True) * first
-    second_norm = np.linalg.norm(second, axis=1, keepdims=True)
-    _require((second_norm > _DEGENERATE)[:, 0], "rot6d", values)
-    second = second / second_norm
+    first, second = (_unit(row, "rot6d", values) for row in (values[:, :3], values[:, 3:]))
+    second = _unit(second - (first * second).sum(axis=1, keepdims=True) * first, "rot6d", values)
     return np.stack([first, second, np.cross(first, second)], axis=1)
+
+
+def _unit(vectors, source, values):
+    vectors = _tamed(vectors)
+    norm = np.linalg.norm(vectors, axis=1, keepdims=True)
+    _require(norm[:, 0] > _DEGENERATE, source, values)
+    return vectors / norm
+
+
+def _tamed(values):
+    """Scale rows that exceed 1, as a rotation's entries never do, down to 1: their squares and cubes may overflow."""
+    axes = tuple(range(1, values.ndim))
+    return values / np.maximum(1.0, np.abs(values).max(axis=axes, keepdims=True))
 
 
 def _require(valid, source, values):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from numbers import Integral
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -72,7 +73,7 @@ class GripperSpec(_Spec):
         closed (`float`): value of the fully closed gripper, robot units.
 
     Raises:
-        ValueError: the index is negative, or the two ends are equal or not finite.
+        ValueError: the index is no integer or negative, or the two ends are equal or not finite.
     """
 
     index: int
@@ -80,8 +81,7 @@ class GripperSpec(_Spec):
     closed: float
 
     def __post_init__(self):
-        if not isinstance(self.index, int) or self.index < 0:
-            raise ValueError(f"Expected a gripper index of 0 or more, came {self.index!r}.")
+        object.__setattr__(self, "index", whole_number(self.index, "a gripper index", least=0))
         if not (_is_number(self.open) and _is_number(self.closed)) or self.open == self.closed:
             raise ValueError(
                 f"Expected two different, finite gripper ends, came open={self.open!r} and closed={self.closed!r}."
@@ -161,7 +161,8 @@ class CameraSpec(_Spec):
         depth (`bool`): whether the camera gives metric depth.
 
     Raises:
-        ValueError: a size is not positive, or `intrinsics` are not a finite 3 x 3 matrix with positive focal lengths.
+        ValueError: a size is no positive integer, or `intrinsics` are not a finite 3 x 3 matrix with positive focal
+            lengths.
     """
 
     name: str | None
@@ -171,8 +172,8 @@ class CameraSpec(_Spec):
     depth: bool = False
 
     def __post_init__(self):
-        if not all(_is_number(size) and size > 0 for size in (self.width, self.height)):
-            raise ValueError(f"Expected a camera size above 0, came {self.width!r} x {self.height!r} pixels.")
+        for side in ("width", "height"):
+            object.__setattr__(self, side, whole_number(getattr(self, side), f"a camera {side} in pixels"))
         if self.intrinsics is None:
             return
         try:
@@ -193,6 +194,13 @@ class CameraSpec(_Spec):
         return replace(self, width=width, height=height, intrinsics=np.asarray(self.intrinsics) * scale)
 
 
+def whole_number(value: Any, what: str, least: int = 1) -> int:
+    """Return an integer, Python's or numpy's, as an int; raise a ValueError if it is none or below `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"Expected {what} of {least} or more, came {value!r} ({type(value).__name__}).")
+    return int(value)
+
+
 def _names(names):
     if isinstance(names, str) or not all(isinstance(name, str) for name in names) or not len(names):
         raise ValueError(f"Expected one name per dimension, came {names!r}.")
@@ -202,7 +210,7 @@ def _names(names):
 
 
 def _is_number(value):
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _as_json(value):

@@ -11,7 +11,9 @@ logger = logging.getLogger(__name__)
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 MOMENTS = ("mean", "std", "min", "max")
+RANGES = (("min", "max"), ("q01", "q99"), ("q10", "q90"))
 EPSILON = 1e-8
+LARGEST = 1e100  # the squares of larger deviations may overflow
 _SKETCH_SIZE = 8192
 
 
@@ -65,8 +67,8 @@ class ActionStatistics:
             actions (`np.ndarray` of shape `(..., D)`): robot units; leave padded actions out.
 
         Raises:
-            ValueError: a value is NaN or infinite, the last axis differs from earlier rows, or these statistics were
-                read from a file.
+            ValueError: a value is NaN, infinite or beyond 1e100, the last axis differs from earlier rows, or these
+                statistics were read from a file.
         """
         self._require_open(self)
         actions = np.asarray(actions)
@@ -74,6 +76,8 @@ class ActionStatistics:
             raise ValueError("Expected actions of shape (..., action_dim), came a single number.")
         check_finite(actions)
         rows = np.array(actions.reshape(-1, actions.shape[-1]), dtype=np.float64)  # a copy: the caller may reuse his
+        if (largest := np.abs(rows).max(initial=0.0)) > LARGEST:
+            raise ValueError(f"Expected actions of at most {LARGEST:g} in magnitude, came {largest:g}; repair them.")
         if len(rows):
             mean = rows.mean(axis=0)
             squares = np.square(rows - mean).sum(axis=0)
@@ -104,7 +108,7 @@ class ActionStatistics:
             ValueError: no rows came yet.
         """
         if self._final is not None:
-            return dict(self._final)
+            return {name: values.copy() for name, values in self._final.items()}
         if not self.count:
             raise ValueError("Expected at least one row of actions before the statistics are asked for, came none.")
         ranks = list(QUANTILES.values())
@@ -113,6 +117,7 @@ class ActionStatistics:
         else:
             quantiles = np.stack([sketch.get_quantiles(ranks) for sketch in self._sketches], axis=1)
         moments = {"mean": self._mean, "std": np.sqrt(self._squares / self.count), "min": self._min, "max": self._max}
+        moments = {name: values.copy() for name, values in moments.items()}
         return moments | dict(zip(QUANTILES, quantiles, strict=True))
 
     @property
@@ -138,21 +143,33 @@ class ActionStatistics:
                 any of `q01`, `q10`, `q50`, `q90`, `q99`.
 
         Raises:
-            ValueError: a name is missing or unknown, a value is not finite, or the shapes differ.
+            ValueError: a name is missing or unknown, a value is not finite, the shapes differ, std is negative, a
+                range is upside down or the count is no positive integer.
         """
         known = (*MOMENTS, *QUANTILES, "count")
         if missing := [name for name in (*MOMENTS, "count") if name not in values]:
             raise ValueError(f"Statistics need {missing}; came only {sorted(values)}.")
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"Unknown statistics {unknown}; known are {list(known)}.")
-        summary = {name: np.asarray(values[name], dtype=np.float64) for name in known[:-1] if name in values}
+        summary = {name: np.array(values[name], dtype=np.float64) for name in known[:-1] if name in values}
         shapes = {name: array.shape for name, array in summary.items()}
         if summary["mean"].ndim != 1 or len(set(shapes.values())) > 1:
             raise ValueError(f"Expected statistics of one shape (action_dim,), came {shapes}.")
         for name, array in summary.items():
             check_finite(array[None], f"statistics {name!r}")
+        if (summary["std"] < 0).any():
+            raise ValueError(f"Expected std >= 0, came {values['std']}; compute the statistics anew.")
+        for low, high in RANGES:
+            if low in summary and high in summary and (summary[low] > summary[high]).any():
+                raise ValueError(
+                    f"Expected {low} <= {high}, came {low}={values[low]}, {high}={values[high]}; "
+                    "compute the statistics anew."
+                )
+        count = np.asarray(values["count"])
+        if count.size != 1 or count.dtype.kind not in "iuf" or not count.item() >= 1 or count.item() % 1:
+            raise ValueError(f"Expected a count of 1 or more, came {values['count']!r}; compute the statistics anew.")
         statistics = cls()
-        statistics.count = int(np.asarray(values["count"]).item())
+        statistics.count = int(count.item())
         statistics._final = summary
         return statistics
 

@@ -34,7 +34,7 @@ class LeRobotEpisodes(Dataset):
     Raises:
         FileNotFoundError: a file of the dataset is missing.
         ValueError: unknown version, camera, episode or column; a delta that is no multiple of 1 / fps; actions or
-            observations that are NaN or infinite; rows that disagree with the table of episodes.
+            observations that are NaN or infinite; rows that disagree with the table of episodes or of tasks.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class LeRobotEpisodes(Dataset):
         if self.features[key]["dtype"] == "video":
             pictures = self._video_frames(row, rows, key)
         else:
-            pictures = np.stack([self._image(int(self._rows[frame]), key) for frame in rows])
+            pictures = np.stack([self._image(frame, key) for frame in rows])
         pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float().div_(255)
         return pictures if key in windows else pictures[0]
 
@@ -150,12 +150,21 @@ class LeRobotEpisodes(Dataset):
         try:
             return self._videos.read(path, [start + float(time) for time in self._columns["timestamp"][rows]])
         except (ValueError, OSError) as error:
-            frame = self._columns["frame_index"][row]
-            raise type(error)(f"{self.name}, episode {episode.index}, frame {frame}, {key}: {error}") from error
+            raise type(error)(f"{self.name}, {_place(self._columns, row)}, {key}: {error}") from error
 
     def _image(self, row: int, key: str) -> np.ndarray:
-        with Image.open(io.BytesIO(self._images.data[key][row]["bytes"].as_py())) as image:
-            return np.asarray(image.convert("RGB"))
+        data = self._images.data[key][int(self._rows[row])]["bytes"].as_py()
+        try:
+            if not data:
+                raise ValueError("the picture has no bytes; was it left in a file of its own?")
+            with Image.open(io.BytesIO(data)) as image:
+                if image.mode.startswith(("I", "F")):  # convert() would clip them to white
+                    raise ValueError(
+                        f"expected 8 bits per channel, came mode {image.mode!r}; see `cameras` to skip it."
+                    )
+                return np.asarray(image.convert("RGB"))
+        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError and more
+            raise ValueError(f"{self.name}, {_place(self._columns, row)}, {key}: {error}") from error
 
     @cached_property
     def _images(self):
@@ -198,7 +207,8 @@ class LeRobotEpisodes(Dataset):
                     f"{self.name}: no column {key!r} to take a window of; it reads {sorted(self.features)}."
                 )
             steps = np.asarray(seconds, dtype=np.float64) * self.fps
-            wrong = np.abs(steps - np.round(steps)) / self.fps > schema.TOLERANCE_S
+            with np.errstate(invalid="ignore"):  # of infinite steps, which are wrong as NaN is
+                wrong = ~(np.abs(steps - np.round(steps)) / self.fps <= schema.TOLERANCE_S)
             if wrong.any():
                 raise ValueError(
                     f"{self.name}: delta_timestamps of {key!r} should be multiples of 1/{self.fps} s, "
@@ -214,16 +224,41 @@ class LeRobotEpisodes(Dataset):
         rows = np.argsort(columns["index"], kind="stable")
         rows = rows[np.isin(columns["episode_index"][rows], [episode.index for episode in self.episodes])]
         columns = {key: column[rows] for key, column in columns.items()}
-        for position, episode in enumerate(self.episodes):
-            first, last = self.episode_starts[position : position + 2]
-            if (columns["episode_index"][first:last] == episode.index).sum() != episode.length or len(rows) < last:
-                count = (columns["episode_index"] == episode.index).sum()
-                raise ValueError(
-                    f"{self.name}: the table of episodes gives episode {episode.index} {episode.length} rows, "
-                    f"the data files have {count} for it; the dataset was not written completely."
-                )
+        self._check_rows(columns)
+        self._check_tasks(columns)
         self._check_finite(columns)
         return columns, rows
+
+    def _check_rows(self, columns: dict[str, np.ndarray]):
+        table = np.array([(episode.index, episode.length) for episode in self.episodes], np.int64).reshape(-1, 2)
+        numbers, lengths = table.T
+        wanted = np.bincount(numbers, lengths).astype(np.int64)
+        counts = np.bincount(columns["episode_index"], minlength=len(wanted))
+        wrong = counts != wanted
+        if wrong.any():
+            number = wrong.argmax()
+            raise ValueError(
+                f"{self.name}: the table of episodes gives episode {number} {wanted[number]} rows, the data files "
+                f"have {counts[number]} for it; the dataset was not written completely, or written twice."
+            )
+        frames = np.arange(len(self)) - np.repeat(self.episode_starts[:-1], lengths)
+        wrong = (columns["episode_index"] != np.repeat(numbers, lengths)) | (columns["frame_index"] != frames)
+        wrong[1:] |= np.diff(columns["index"]) == 0
+        if wrong.any():
+            row = wrong.argmax()
+            raise ValueError(
+                f"{self.name}: the row of index {columns['index'][row]}, {_place(columns, row)}, does not follow the "
+                "one before it; expected the rows of every episode once each, frames counted from 0. Write them anew."
+            )
+
+    def _check_tasks(self, columns: dict[str, np.ndarray]):
+        unknown = ~np.isin(columns["task_index"], list(self.tasks))
+        if unknown.any():
+            row = unknown.argmax()
+            raise ValueError(
+                f"{self.name}: task_index {columns['task_index'][row]} of {_place(columns, row)} is none of the "
+                f"dataset's {len(self.tasks)} task(s); add it to meta/tasks, or leave the episode out with `episodes`."
+            )
 
     def _check_finite(self, columns: dict[str, np.ndarray]):
         for key, column in columns.items():
@@ -233,9 +268,12 @@ class LeRobotEpisodes(Dataset):
                     row = rows[0, 0]
                     raise ValueError(
                         f"{self.name}: {key!r} is NaN or infinite in {len(np.unique(rows[:, 0]))} row(s), first in "
-                        f"episode {columns['episode_index'][row]}, frame {columns['frame_index'][row]}; "
-                        "leave the episode out with `episodes` or mend the data."
+                        f"{_place(columns, row)}; leave the episode out with `episodes` or mend the data."
                     )
+
+
+def _place(columns: dict[str, np.ndarray], row: int) -> str:
+    return f"episode {columns['episode_index'][row]}, frame {columns['frame_index'][row]}"
 
 
 def _local_folder(source: str | Path, revision: str | None) -> Path:

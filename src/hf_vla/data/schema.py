@@ -87,17 +87,22 @@ def read_info(root: Path) -> DatasetInfo:
     return DatasetInfo(**{name: info[name] for name in known if name in info})
 
 
-def read_tasks(root: Path, info: DatasetInfo) -> list[str]:
-    """Read the instructions; the position in the list is `task_index`."""
+def read_tasks(root: Path, info: DatasetInfo) -> dict[int, str]:
+    """Read the instructions: `task_index` -> text, which may be empty."""
     if info.codebase_version == "v2.1":
-        tasks = {row["task_index"]: row["task"] for row in _read_jsonl(root, "meta/tasks.jsonl")}
-        return [tasks.get(index, "") for index in range(max(tasks, default=-1) + 1)]
+        return {row["task_index"]: row["task"] for row in _read_jsonl(root, "meta/tasks.jsonl")}
     table = pq.read_table(_existing(root, "meta/tasks.parquet"))
     # LeRobot up to 0.4 writes the text as an unnamed pandas index, later versions name it.
     column = next((name for name in ("task", "__index_level_0__") if name in table.column_names), None)
     if column is None:
         raise ValueError(f"{root / 'meta/tasks.parquet'}: expected a column 'task', came {table.column_names}.")
-    return table[column].to_pylist()
+    tasks = dict(enumerate(table[column].to_pylist()))  # LeRobot takes the place of a row for its number
+    if "task_index" in table.column_names and table["task_index"].to_pylist() != [*tasks]:
+        raise ValueError(
+            f"{root / 'meta/tasks.parquet'}: expected the rows in the order of their task_index, came "
+            f"{table['task_index'].to_pylist()}; sort them, or LeRobot and this library would read different tasks."
+        )
+    return tasks
 
 
 def read_episodes(root: Path, info: DatasetInfo) -> list[Episode]:

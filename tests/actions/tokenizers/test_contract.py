@@ -153,6 +153,12 @@ def test_a_stream_refuses_unknown_ids(tokenizer, token_id):
         tokenizer.stream(HORIZON).push(token_id)
 
 
+@pytest.mark.parametrize("token_id", [2.7, 2.0, True, None])
+def test_a_stream_refuses_what_is_no_integer(tokenizer, token_id):
+    with pytest.raises(ValueError, match="Expected integer ids"):
+        tokenizer.stream(HORIZON).push(token_id)
+
+
 def test_horizons_below_one_raise(tokenizer, chunks):
     ids = tokenizer.encode(chunks)
     for call in (lambda: tokenizer.stream(0), lambda: tokenizer.decode(ids, 0)):
@@ -185,3 +191,5 @@ def test_unknown_types_raise_and_list_the_known_ones():
         build_action_tokenizer({"type": "unifrom"})
     with pytest.raises(ValueError, match="Unknown action tokenizer None; known types"):
         build_action_tokenizer({})
+    with pytest.raises(ValueError, match=r"dictionary like \{'type': 'uniform'\}, came 'uniform'"):
+        build_action_tokenizer("uniform")

@@ -30,8 +30,9 @@ class TokenStream(ABC):
         """Append one id.
 
         Raises:
-            ValueError: the chunk is complete already, or `allowed()` is False for this id.
+            ValueError: the chunk is complete already, `allowed()` is False for this id, or it is no integer.
         """
+        (token_id,) = integer_ids([token_id]).tolist()
         if self.complete:
             raise ValueError(f"The chunk is complete after {self.position} ids; expected no id, got {token_id}.")
         allowed = self.allowed()
@@ -40,7 +41,7 @@ class TokenStream(ABC):
                 f"Id {token_id} cannot come at position {self.position}; expected one of the {allowed.sum()} ids "
                 f"that allowed() marks, out of {self.vocab_size}."
             )
-        self._advance(int(token_id))
+        self._advance(token_id)
         self.position += 1
 
 

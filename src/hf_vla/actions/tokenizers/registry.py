@@ -19,8 +19,11 @@ def build_action_tokenizer(config: dict[str, Any]) -> ActionTokenizer:
     """Build the tokenizer that `config["type"]` names from the other options.
 
     Raises:
-        ValueError: an unknown type, an unknown option or a missing one; the text lists the known ones.
+        ValueError: an unknown type, an unknown option or a missing one (the text lists the known ones), or no
+            dictionary.
     """
+    if not isinstance(config, dict):
+        raise ValueError(f"Expected an action tokenizer as a dictionary like {{'type': 'uniform'}}, came {config!r}.")
     name = config.get("type")
     if name not in ACTION_TOKENIZERS:
         close = difflib.get_close_matches(str(name), ACTION_TOKENIZERS, n=1)
