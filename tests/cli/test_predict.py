@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from hf_vla.actions.spec import CameraSpec
+from hf_vla.actions.spec import CameraSpec, StateSpec
 from hf_vla.cli.main import app
 from hf_vla.cli.predict import parse_numbers
 
@@ -31,6 +31,13 @@ def test_prints_a_table_and_writes_a_picture(tiny_checkpoint, frame, tmp_path):
     assert len(rows) == 4
     with Image.open(picture) as image:
         assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 20)) > 100
+
+
+def test_a_state_that_is_not_used_is_said_so(tiny_checkpoint, frame):
+    given = predict("--model", tiny_checkpoint, "--image", frame, "--text", "x", "--state", "1 2 3")
+    plain = predict("--model", tiny_checkpoint, "--image", frame, "--text", "x")
+    assert "this checkpoint takes no state; --state was not used" in given.stdout
+    assert "--state" not in plain.stdout and given.stdout.endswith(plain.stdout)
 
 
 def test_unknown_dataset_is_one_readable_sentence(tiny_checkpoint, frame):
@@ -65,9 +72,8 @@ def test_hands_the_upright_picture_and_the_state_to_the_policy(tmp_path, monkeyp
         observations.append(observation)
         return np.zeros((1, 2))
 
-    policy = SimpleNamespace(
-        camera=CameraSpec("wrist", 8, 8), action_spec=None, unnorm_key="arm", predict_chunk=predict_chunk
-    )
+    specs = {"camera": CameraSpec("wrist", 8, 8), "action_spec": None, "state_spec": StateSpec(("a", "b"))}
+    policy = SimpleNamespace(**specs, unnorm_key="arm", predict_chunk=predict_chunk)
     monkeypatch.setattr("hf_vla.policy.Policy.from_pretrained", lambda *args, **options: policy)
     result = predict("--model", "m", "--image", rotated, "--text", "wave", "--state", "1, 2")
     assert result.exit_code == 0, result.output

@@ -35,6 +35,8 @@ def predict(
         observation[STATE] = parse_numbers(state)
     chunk = policy.predict_chunk(observation)
     console = Console()
+    if state is not None and policy.state_spec is None:
+        console.print("[yellow]Note:[/] this checkpoint takes no state; --state was not used.")
     console.print(chunk_table(chunk, policy.action_spec, title=f"{text} ({policy.unnorm_key})"))
     if plot is not None:
         plot_chunk(chunk, policy.action_spec, picture, title=text).savefig(plot)

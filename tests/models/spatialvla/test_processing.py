@@ -212,9 +212,18 @@ def test_depth_is_resized_to_the_image(tiny_processor, image):
     assert (resized[0, :, :42] == 0.7).all()
 
 
-def test_an_image_placeholder_in_front_is_understood(tiny_processor, image):
-    plain, marked = (tiny_processor(images=image, text=text)["input_ids"] for text in ("push", "<image>push"))
-    assert torch.equal(plain, marked)
+@pytest.mark.parametrize("training", [False, True])
+def test_an_image_placeholder_in_front_is_understood(tiny_processor, image, chunk, training):
+    targets = {"actions": chunk, "unnorm_key": "small"} if training else {}
+    plain, marked = (tiny_processor(images=image, text=text, **targets) for text in ("push", "<image>push"))
+    assert torch.equal(plain["input_ids"], marked["input_ids"]) and ("labels" in plain) == training
+
+
+def test_no_prompt_is_cut(tiny_processor, image, chunk):
+    text = "push " * 400
+    batch = tiny_processor(images=image, text=text, actions=chunk, unnorm_key="small")
+    assert batch["input_ids"].shape[1] == 36 + 1 + len(text) + 1 + 13
+    assert tiny_processor.tokenizer.decode(batch["input_ids"][0, 37:-13]) == text + "\n"
 
 
 @pytest.mark.parametrize(
