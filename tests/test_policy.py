@@ -158,3 +158,15 @@ def test_runs_a_checkpoint_on_a_demonstration(tiny_checkpoint, demo_item):
     assert np.array_equal([policy.select_action(observation) for _ in range(3)], chunk[:3])
     with pytest.raises(ValueError, match="needs the camera 'agentview'"):
         policy.predict_chunk({"observation.images.wrist": image, "task": "x"})
+
+
+def test_a_folder_or_a_device_that_is_not_there(tiny_checkpoint, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        Policy.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="Cannot use the device 'gpuu'"):
+        Policy.from_pretrained(tiny_checkpoint, device="gpuu")
+
+
+def test_a_model_in_training_is_put_into_evaluation_mode(tiny_checkpoint):
+    policy = Policy.from_pretrained(tiny_checkpoint)
+    assert not Policy(policy.model.train(), policy.processor).model.training

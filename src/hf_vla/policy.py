@@ -1,5 +1,7 @@
 """A checkpoint as a controller: an observation goes in, one action comes out."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from transformers import AutoModel, AutoProcessor
@@ -73,8 +75,14 @@ class Policy:
             ValueError: see the class.
             OSError: there is no checkpoint.
         """
+        if str(path).startswith((".", "/", "~")) and not Path(path).exists():
+            raise FileNotFoundError(f"{path}: no such folder.")
         processor = AutoProcessor.from_pretrained(path)
-        model = AutoModel.from_pretrained(path).to(device or torch.accelerator.current_accelerator() or "cpu")
+        model = AutoModel.from_pretrained(path)
+        try:
+            model.to(device or torch.accelerator.current_accelerator() or "cpu")
+        except (RuntimeError, AssertionError) as error:  # torch's own words, of both kinds
+            raise ValueError(f"Cannot use the device {device!r}: {error}") from error
         return cls(model, processor, unnorm_key, n_action_steps, ensemble_coefficient)
 
     def reset(self):

@@ -40,6 +40,12 @@ def test_a_state_that_is_not_used_is_said_so(tiny_checkpoint, frame):
     assert "--state" not in plain.stdout and given.stdout.endswith(plain.stdout)
 
 
+@pytest.mark.parametrize("plot", ["chunk.txt", "nowhere/chunk.png"])
+def test_a_plot_that_cannot_be_written_is_said_first(frame, tmp_path, plot):
+    result = predict("--model", "is not even loaded", "--image", frame, "--text", "x", "--plot", tmp_path / plot)
+    assert result.exit_code == 1 and "Expected --plot to be a file" in result.stderr
+
+
 def test_unknown_dataset_is_one_readable_sentence(tiny_checkpoint, frame):
     result = predict("--model", tiny_checkpoint, "--image", frame, "--text", "x", "--unnorm-key", "robosuit")
     assert result.exit_code == 1

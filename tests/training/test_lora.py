@@ -137,6 +137,19 @@ def test_a_recipe_trains_saves_and_resumes_an_adapter(tiny_checkpoint, make_reci
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_an_adapter_is_no_base_for_another(adapted, make_recipe, tmp_path):
+    adapted.save_pretrained(tmp_path)
+    overrides = {"model__preset": None, "model__grid": None, "model__path": str(tmp_path)}
+    for lora in ({}, {"model__lora__r": 4}):
+        with pytest.raises(ValueError, match="is an adapter, which a new training would drop"):
+            train(make_recipe(tmp_path / "run", **overrides, **lora))
+
+
+def test_alpha_scales_the_adapters(base):
+    module = add_lora(base, r=4, alpha=6).get_submodule("base_model.model.multi_modal_projector.linear")
+    assert module.scaling == {"default": 1.5} and module.r == {"default": 4}
+
+
 def test_an_adapter_keeps_its_checkpoints_chunk_size(tiny_checkpoint, make_recipe, tmp_path):
     overrides = {"model__preset": None, "model__grid": None, "model__path": str(tiny_checkpoint), "model__lora__r": 4}
     with pytest.raises(ValueError, match="expected data.chunk_size 4, came 2"):

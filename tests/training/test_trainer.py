@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 import hf_vla  # noqa: F401
@@ -168,6 +168,73 @@ def test_resuming_equals_an_uninterrupted_run(run, make_recipe, tmp_path):
     assert losses(tmp_path) == losses(run[0])
 
 
+def test_resuming_takes_every_weight_from_the_checkpoint(run, make_recipe, tmp_path):
+    """Another seed builds other random weights; none of them may be left, not even in the frozen depth model."""
+    shutil.copytree(run[0] / "checkpoint-6", tmp_path / "checkpoint-6")
+    train(make_recipe(tmp_path, training__resume_from_checkpoint=True, training__seed=7))
+    assert_same_weights(tmp_path, run[0])
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_resumed(run, make_recipe, tmp_path):
+    shutil.copytree(run[0] / "checkpoint-3", tmp_path / "checkpoint-3")
+    path = tmp_path / "checkpoint-3" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["spatial_embed_tokens.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"lacks 1 weights of the model, among them \['spatial_embed_tokens.weight'\]"
+    ):
+        train(make_recipe(tmp_path, training__resume_from_checkpoint=True))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data__eval_episodes": [3, 8]}, "The recipe gives another statistics than .*checkpoint-3 was trained with"),
+        ({"model__grid__distribution": "quantile"}, "The recipe gives another action_config than"),
+        ({"data__chunk_size": 2}, "The recipe gives another action_config than"),
+        ({"data__action__frame": "camera"}, "ActionSpec of the checkpoint .* frame: .* 'base', the recipe 'camera'"),
+        ({"data__camera__fovy": 60}, "CameraSpec of the checkpoint .* and of the recipe differ in intrinsics"),
+    ],
+)
+def test_a_run_is_resumed_for_the_same_robot_only(run, make_recipe, tmp_path, overrides, message):
+    shutil.copytree(run[0] / "checkpoint-3", tmp_path / "checkpoint-3")
+    with pytest.raises(ValueError, match=message):
+        train(make_recipe(tmp_path, training__resume_from_checkpoint=True, **overrides))
+
+
+def test_a_gripper_that_is_not_the_datasets_is_an_error(make_recipe, tmp_path):
+    recipe = make_recipe(tmp_path, data__action__gripper={"index": 6, "open": 0.0, "closed": 1.0})
+    with pytest.raises(
+        ValueError, match=r"gripper \(action 6\) goes from 0.0 to 1.0, the dataset's goes from -1 to 1"
+    ):
+        train(recipe)
+
+
+def test_the_grid_bins_end_effector_motion(make_recipe, tmp_path):
+    joints = make_recipe(tmp_path, data__action__kind="joint", data__action__rotation=None)
+    with pytest.raises(ValueError, match="Expected end-effector actions with the gripper last.*kind 'joint'"):
+        train(joints)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(make_recipe, tmp_path, rows):
+    """Frames at the end of an episode have padded chunks: fewer labels, but a sample counts as a sample."""
+    recipe = make_recipe(tmp_path)
+    dataset, train_set, _ = open_dataset(recipe.data)
+    model, processor = build(recipe, dataset, train_set)
+    collate = VLACollator(processor, "robosuite_demos", "agentview")
+    end = int(dataset.episode_starts[1])
+    items = [dataset[row] for row in (0, 1, end - 1, end - 2)]
+    assert items[2]["action_is_pad"].sum() == 3
+    whole = torch.autograd.grad(model(**collate(items)).loss, model.multi_modal_projector.linear.weight)[0]
+    parts = [
+        torch.autograd.grad(model(**collate(items[i : i + rows])).loss, model.multi_modal_projector.linear.weight)[0]
+        for i in range(0, 4, rows)
+    ]
+    torch.testing.assert_close(torch.stack(parts).mean(0), whole, atol=1e-6, rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_that_lacks_a_file_is_an_error(run, make_recipe, tmp_path, name):
     shutil.copytree(run[0] / "checkpoint-3", tmp_path / "checkpoint-3")
@@ -184,11 +251,12 @@ def test_which_checkpoint_is_resumed(run, make_recipe, tmp_path, caplog):
     assert resume() is None
     assert resume(training__resume_from_checkpoint=True) is None
     assert "No complete checkpoint" in caplog.text
-    for step in (3, 6):
-        shutil.copytree(run[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    shutil.copytree(run[0] / "checkpoint-3", tmp_path / "checkpoint-3")
+    shutil.copytree(run[0] / "checkpoint-6", tmp_path / "checkpoint-10")  # as text, 3 comes after 10
+    assert resume(training__resume_from_checkpoint=True) == str(tmp_path / "checkpoint-10")
     (tmp_path / "checkpoint-12").mkdir()
     (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_st')
-    assert resume(training__resume_from_checkpoint=True) == str(tmp_path / "checkpoint-6")
+    assert resume(training__resume_from_checkpoint=True) == str(tmp_path / "checkpoint-10")
     third = str(tmp_path / "checkpoint-3")
     assert resume(training__resume_from_checkpoint=third) == third
     with pytest.raises(ValueError, match="checkpoint-12 is no complete checkpoint"):

@@ -94,7 +94,7 @@ class TemporalEnsembler:
     """
 
     def __init__(self, coefficient: float = 0.01, skip_zeros: bool = False):
-        if not math.isfinite(coefficient):
+        if not isinstance(coefficient, (int, float)) or not math.isfinite(coefficient):
             raise ValueError(f"Expected a finite ensembling coefficient, came {coefficient!r}.")
         self.coefficient, self.skip_zeros = coefficient, skip_zeros
         self.reset()

@@ -26,6 +26,9 @@ def predict(
     from hf_vla.cli.render import chunk_table, plot_chunk
     from hf_vla.policy import IMAGES, STATE, TASK, Policy
 
+    suffixes = (".png", ".jpg", ".pdf", ".svg")
+    if plot is not None and (plot.suffix not in suffixes or not plot.absolute().parent.is_dir()):
+        raise ValueError(f"Expected --plot to be a file {suffixes} in an existing folder, came {str(plot)!r}.")
     with Image.open(image) as file:
         picture = ImageOps.exif_transpose(file)
     policy = Policy.from_pretrained(model, unnorm_key=unnorm_key, device=device)

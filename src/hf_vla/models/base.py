@@ -27,3 +27,11 @@ class VLAPreTrainedModel(PreTrainedModel):
                 "to it?"
             )
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *, save_original_format=False, **kwargs):
+        """Save in the layout of the model's own parameter names, which the Trainer reads back when it resumes.
+
+        Arguments are those of [`~transformers.PreTrainedModel.save_pretrained`], which would write the names that
+        older versions of transformers gave to the backbones' parameters.
+        """
+        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)

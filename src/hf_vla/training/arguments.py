@@ -68,6 +68,8 @@ class ModelArguments:
     lora: LoraArguments | None = None
 
     def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"Expected model.dtype float32 or bfloat16, came {self.dtype!r}.")
         if (self.preset is None) == (self.path is None):
             raise ValueError(f"Expected model.preset or model.path, came preset={self.preset!r}, path={self.path!r}.")
         if self.preset is not None and (self.adapt_grid or self.lora is not None):

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, set
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_vla.actions.codec import ActionCodec
-from hf_vla.actions.spec import ActionSpec, CameraSpec
+from hf_vla.actions.spec import ActionSpec, CameraSpec, GripperSpec
 from hf_vla.actions.statistics import ActionStatistics
 from hf_vla.actions.tokenizers.gaussian_grid import NUM_BINS, GaussianGridTokenizer
 from hf_vla.data import schema
@@ -34,6 +34,15 @@ class VLATrainer(Trainer):
     `processing_class` is the processor, `data_collator` a [`~hf_vla.data.collator.VLACollator`]. Metrics are in robot
     units, see [`action_error`], over `args.eval_action_samples` frames of the evaluation set.
     """
+
+    def _issue_warnings_after_load(self, load_result):
+        """Raise where the Trainer only warns: a weight that a checkpoint lacks would stay random."""
+        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {})
+        if missing := [key for key in load_result.missing_keys if key not in tied]:
+            raise ValueError(
+                f"The checkpoint lacks {len(missing)} weights of the model, among them {missing[:5]}: it was saved by "
+                "another version or of another model. Start a new run with model.path set to it."
+            )
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """Ask models that score a vocabulary for one position's logits: the loss has its own, the rest is memory."""
@@ -122,7 +131,10 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         processing_class=processor,
         callbacks=[*callbacks],
     )
-    metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(recipe.training)).metrics
+    checkpoint = checkpoint_to_resume(recipe.training)
+    if checkpoint is not None:
+        check_same_robot(checkpoint, processor)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if eval_set is not None:
         metrics = trainer.evaluate()
     trainer.save_model()
@@ -173,6 +185,7 @@ def build(recipe: Recipe, dataset: LeRobotEpisodes, train_set: Subset):
     modes = ["quantile"] * len(spec.names)
     if spec.gripper is not None:
         modes[spec.gripper.index] = "zero_one"
+        _check_gripper(spec.gripper, actions[:, spec.gripper.index])
     action_config = {
         "chunk_size": data.chunk_size,
         "normalization": {"mode": modes, "clip": True, "convention": "spatialvla"},
@@ -188,6 +201,15 @@ def build(recipe: Recipe, dataset: LeRobotEpisodes, train_set: Subset):
     normalized_actions = codec.normalizer(data.unnorm_key).normalize(actions)
     make = _new if arguments.preset is not None else _pretrained
     return make(arguments, normalized_actions, dictionaries)
+
+
+def _check_gripper(gripper: GripperSpec, values: np.ndarray) -> None:
+    low, high = sorted((gripper.open, gripper.closed))
+    if values.min() < low - 1e-6 or values.max() > high + 1e-6:
+        raise ValueError(
+            f"The recipe says that the gripper (action {gripper.index}) goes from {low} to {high}, the dataset's goes "
+            f"from {values.min():g} to {values.max():g}: mend data.action.gripper."
+        )
 
 
 def _new(arguments: ModelArguments, normalized_actions, dictionaries):
@@ -208,6 +230,11 @@ def _new(arguments: ModelArguments, normalized_actions, dictionaries):
 
 def _pretrained(arguments: ModelArguments, normalized_actions, dictionaries):
     """Checkpoint that keeps its weights, tokenizer and, unless it is adapted, its grid, but speaks for our dataset."""
+    if (Path(arguments.path) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model.path {arguments.path!r} is an adapter, which a new training would drop: resume its own run, or "
+            "merge it into its base model (PeftModel.merge_and_unload), save that with its processor and name it here."
+        )
     # An adapter remembers its checkpoint by this name: a folder's must not depend on where one stands.
     path = str(Path(arguments.path).resolve()) if Path(arguments.path).is_dir() else arguments.path
     model, pretrained = AutoModel.from_pretrained(path, dtype=arguments.dtype), AutoProcessor.from_pretrained(path)
@@ -294,10 +321,32 @@ def checkpoint_to_resume(arguments) -> str | None:
     missing = [name for name in ("optimizer.pt", "scheduler.pt", rng) if not (checkpoint / name).is_file()]
     if missing and not sharded:
         raise ValueError(
-            f"{checkpoint} lacks {missing}: resuming would go on with fresh ones. Restore them, resume from another "
-            "checkpoint, or start a new run with model.path set to this one."
+            f"{checkpoint} lacks {missing}: resuming would go on with fresh ones. Restore them, or resume from "
+            "another checkpoint; weights that are no adapter also start a new run, as model.path."
         )
     return str(checkpoint)
+
+
+def check_same_robot(checkpoint: str, processor) -> None:
+    """Check that a checkpoint's weights learnt the tokens and units of the processor they would go on with.
+
+    Raises:
+        ValueError: specs, statistics, grid, chunk size or camera differ.
+    """
+    saved = AutoProcessor.from_pretrained(checkpoint)
+    names = {"side": f"the checkpoint {checkpoint}", "other_side": "the recipe"}
+    for key in set(saved.action_codec.keys) & set(processor.action_codec.keys):
+        specs = [each.action_codec.specs(key)[0] for each in (saved, processor)]
+        if None not in specs:
+            specs[0].check(specs[1], **names)
+        if key in saved.cameras and key in processor.cameras:
+            saved.cameras[key].check(processor.cameras[key], **names)
+    for name in ("statistics", "action_config", "camera_config"):
+        if getattr(saved, name) != json.loads(json.dumps(getattr(processor, name))):
+            raise ValueError(
+                f"The recipe gives another {name} than {checkpoint} was trained with, so its weights would mean other "
+                "actions. Resume with the dataset, split, grid and chunk size of that run, or start a new run."
+            )
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -102,6 +102,13 @@ def test_published_too_few_tokens_raise(published, published_processor):
         published_processor.decode_actions(published.inputs["decode_short.token_ids"], "toy/1.0.0")
 
 
+def test_published_actions_have_names(published_processor):
+    spec, state = published_processor.action_codec.specs("toy/1.0.0")
+    assert (
+        spec.names == ("x", "y", "z", "roll", "pitch", "yaw", "gripper") and spec.kind == "delta_ee" and state is None
+    )
+
+
 def test_published_save_and_load(published, published_processor, images, tmp_path):
     published_processor.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)

@@ -156,7 +156,7 @@ class SpatialVLAConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "SpatialVLAConfig":
-        """`"4b"`: the published sizes. `"tiny"`: 1 M parameters, for demonstrations and tests.
+        """`"4b"`: the published sizes. `"tiny"`: 1.7 M parameters, for demonstrations and tests.
 
         Args:
             name (`str`): name of the preset.

@@ -383,7 +383,12 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
             supervised = targets != -100
             if not supervised.any():
                 raise ValueError("Expected labels other than -100 in the batch, got none: no action is real.")
-            loss = F.cross_entropy(self._head(hidden_states[supervised]).float(), targets[supervised])
+            loss = F.cross_entropy(
+                self._head(hidden_states[supervised]).float(), targets[supervised], reduction="none"
+            )
+            # A mean per sample, then over samples: however a batch is cut into smaller ones, the gradient is the same.
+            counts = supervised.sum(-1)
+            loss = (loss / counts.repeat_interleave(counts)).sum() / (counts > 0).sum()
         return VLAOutput(
             loss=loss,
             logits=self._head(hidden_states[:, keep]),

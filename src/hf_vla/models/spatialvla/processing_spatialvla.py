@@ -7,7 +7,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from hf_vla.actions.codec import ActionCodec
-from hf_vla.actions.spec import CameraSpec
+from hf_vla.actions.spec import ActionSpec, CameraSpec
 from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer
 from hf_vla.models.byte_tokenizer import byte_tokenizer
 from hf_vla.models.images import to_rgb
@@ -16,6 +16,8 @@ from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
 
 IMAGE_TOKEN = "<image>"
 DEFAULT_CAMERA = "default"
+# What every published grid bins; the checkpoints themselves do not say it.
+PUBLISHED_SPEC = ActionSpec(("x", "y", "z", "roll", "pitch", "yaw", "gripper"), "delta_ee", rotation="euler_xyz")
 IGNORED = -100  # label that no loss sees
 
 
@@ -75,6 +77,8 @@ class SpatialVLAProcessor(ProcessorMixin):
                     f"Expected the {last + 1} action tokens to have consecutive ids; this tokenizer's have not."
                 )
 
+        for key in self.action_codec.keys:
+            _check_spec(key, self.action_codec.specs(key)[0])
         # what an instruction may not hold; unknown characters are no crime
         self._control_ids = {self._token_id(IMAGE_TOKEN), *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
         self._control_ids.update(range(self.action_token_begin, len(tokenizer)))
@@ -300,6 +304,15 @@ class SpatialVLAProcessor(ProcessorMixin):
         return np.stack(rows)
 
 
+def _check_spec(key: str, spec: ActionSpec | None) -> None:
+    """The grid takes its first three dimensions for a translation and its last for the gripper."""
+    if spec is not None and (spec.kind == "joint" or (spec.gripper and spec.gripper.index != len(spec.names) - 1)):
+        raise ValueError(
+            f"Expected end-effector actions with the gripper last, as the action grid bins them; the spec of {key!r} "
+            f"has kind {spec.kind!r}, dimensions {list(spec.names)} and gripper {spec.gripper and spec.gripper.index}."
+        )
+
+
 def _is_batch(images) -> bool:
     return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
 
@@ -347,6 +360,7 @@ def _from_published(published: dict) -> dict:
             "chunk_size": published["action_chunk_size"],
             "normalization": {"mode": "quantile", "clip": True, "convention": "spatialvla"},
             "tokenizer": {"type": "gaussian_grid", **grid.to_dict()},
+            "specs": {key: {"action": PUBLISHED_SPEC.to_dict()} for key in published.get("statistics") or {}},
         },
         "camera_config": cameras,
     }
