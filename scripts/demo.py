@@ -87,17 +87,19 @@ def evaluate(output):
         highlight=False,
     )
 
-    middle = len(rows) // 2
+    each = (np.abs(guesses[MODEL] - actions).mean(-1) * mask).sum(-1) / mask.sum(-1)
+    middle = np.argsort(each)[len(rows) // 2]
     item, chunk = dataset[rows[middle]], guesses[MODEL][middle]
     frame = Image.fromarray((item[camera].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
-    place = f"episode {int(item['episode_index'])}, frame {int(item['frame_index'])}: {item['task']}"
+    place = f"episode {int(item['episode_index'])}, frame {int(item['frame_index'])}, of median error: {item['task']}"
     console.print(chunk_table(chunk, spec, title=f"Predicted for {place}"))
     console.print(chunk_table(actions[middle], spec, title="Recorded there"))
     frame.save(output / "frame.png")
+    program = os.path.relpath(Path(sys.executable).parent / "hf-vla")
     plot_chunk(chunk, spec, frame, title=item["task"]).savefig(output / "prediction.png")
     console.print(
         f"Wrote {output / 'prediction.png'}. On the command line:",
-        f'hf-vla predict --model {output / "model"} --image {output / "frame.png"} --text "{item["task"]}"',
+        f'{program} predict --model {output / "model"} --image {output / "frame.png"} --text "{item["task"]}"',
         sep="\n",
         highlight=False,
         soft_wrap=True,

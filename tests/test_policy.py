@@ -170,3 +170,22 @@ def test_a_folder_or_a_device_that_is_not_there(tiny_checkpoint, tmp_path):
 def test_a_model_in_training_is_put_into_evaluation_mode(tiny_checkpoint):
     policy = Policy.from_pretrained(tiny_checkpoint)
     assert not Policy(policy.model.train(), policy.processor).model.training
+
+
+def test_a_chunk_is_given_up_when_the_task_changes(tiny_checkpoint, demo_item, monkeypatch):
+    policy = Policy.from_pretrained(tiny_checkpoint)
+    observation = {"observation.images.agentview": demo_item["observation.images.agentview"], "task": "push"}
+    chunks = []
+    monkeypatch.setattr(policy, "predict_chunk", lambda seen: chunks.append(seen["task"]) or np.zeros((4, 7)))
+    for task in ("push", "push", "pull", "pull"):
+        policy.select_action(observation | {"task": task})
+    assert chunks == ["push", "pull"]
+    with pytest.raises(ValueError, match="needs the camera 'agentview'"):
+        policy.select_action({"task": "pull"})  # also while a chunk is being executed
+
+
+def test_a_folder_without_a_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint in this folder"):
+        Policy.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        Policy.from_pretrained("tests/modell")

@@ -58,6 +58,7 @@ class Policy:
             raise ValueError(f"Expected n_action_steps of at most the chunk size {codec.chunk_size}, came {steps}.")
         self._horizon = RecedingHorizon(steps)
         self._ensembler = None if ensemble_coefficient is None else TemporalEnsembler(ensemble_coefficient)
+        self._task = None
 
     @classmethod
     def from_pretrained(cls, path, unnorm_key=None, device=None, n_action_steps=None, ensemble_coefficient=None):
@@ -75,8 +76,7 @@ class Policy:
             ValueError: see the class.
             OSError: there is no checkpoint.
         """
-        if str(path).startswith((".", "/", "~")) and not Path(path).exists():
-            raise FileNotFoundError(f"{path}: no such folder.")
+        _check_folder(path)
         processor = AutoProcessor.from_pretrained(path)
         model = AutoModel.from_pretrained(path)
         try:
@@ -87,6 +87,7 @@ class Policy:
 
     def reset(self):
         """Forget earlier predictions; call it when an episode starts."""
+        self._task = None
         self._horizon.reset()
         if self._ensembler is not None:
             self._ensembler.reset()
@@ -110,7 +111,7 @@ class Policy:
         return self.processor.decode_actions(output, self.unnorm_key)[0]
 
     def select_action(self, observation):
-        """Return the action for this control step, predicting a new chunk when one is due.
+        """Return the action for this control step, predicting a new chunk when one is due or the task has changed.
 
         Args:
             observation (`dict`): see `predict_chunk`.
@@ -121,6 +122,10 @@ class Policy:
         Raises:
             ValueError: see `predict_chunk`.
         """
+        (task,) = self._inputs(observation)["text"]  # checked at every step, also while a chunk is being executed
+        if task != self._task:
+            self.reset()
+            self._task = task
         if self._ensembler is not None:
             return self._ensembler.update(self.predict_chunk(observation))
         if self._horizon.empty:
@@ -130,7 +135,10 @@ class Policy:
     def _inputs(self, observation):
         """What the processor needs of an observation."""
         if not isinstance(observation.get(TASK), str):
-            raise ValueError(f"Expected an instruction under {TASK!r}; the observation has {sorted(observation)}.")
+            raise ValueError(
+                f"Expected an instruction under {TASK!r}, a text, came {observation.get(TASK)!r}; the observation has "
+                f"{sorted(observation)}."
+            )
         camera = self._camera_name(observation)
         inputs = {"images": [observation[IMAGES + camera]], "text": [observation[TASK]]}
         if self.camera is not None and self.camera.depth:
@@ -160,3 +168,13 @@ class Policy:
                 f"Expected {len(names)} finite numbers {list(names)} in {STATE!r}, came {state.tolist()}."
             )
         return state
+
+
+def _check_folder(path):
+    """Say at once that a local folder is no checkpoint, rather than look for its name on the Hub."""
+    folder = Path(path)
+    hub_name = str(path).count("/") <= 1 and not str(path).startswith((".", "/", "~"))
+    if not folder.is_dir() and (not hub_name or (len(folder.parts) > 1 and folder.parent.is_dir())):
+        raise FileNotFoundError(f"{path}: no such folder.")
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise FileNotFoundError(f"{path}: no checkpoint in this folder, it has no config.json.")

@@ -128,3 +128,12 @@ def test_scaled_camera_projects_to_the_scaled_pixel():
     pixel, pixel_scaled = (np.asarray(camera.intrinsics) @ point / point[2] for camera in (CAMERA, scaled))
     np.testing.assert_allclose(pixel_scaled, pixel * [224 / 640, 120 / 480, 1])
     assert CameraSpec(None, 8, 4).scaled(2, 2) == CameraSpec(None, 2, 2)
+
+
+def test_a_rotation_needs_room():
+    names = ("x", "y", "z", "a", "b", "c", "gripper")
+    with pytest.raises(
+        ValueError, match="a rotation as 'quaternion_xyzw' and the gripper take 8 numbers; the action has 7"
+    ):
+        ActionSpec(names, "delta_ee", "quaternion_xyzw", gripper=GripperSpec(6, 0.0, 1.0))
+    assert ActionSpec(names, "delta_ee", "quaternion_xyzw").gripper is None

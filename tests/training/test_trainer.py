@@ -211,6 +211,33 @@ def test_a_gripper_that_is_not_the_datasets_is_an_error(make_recipe, tmp_path):
         train(recipe)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data__action__gripper": None}, "grid ends in a gripper: give data.action.gripper"),
+        ({"data__camera__fovy": None}, "give data.camera.fovy or data.camera.intrinsics"),
+        ({"model__grid__num_bins": [8, 8, 8]}, r"the dataset's actions have 7, model.grid.num_bins \[8, 8, 8\]"),
+        ({"data__action__rotation": "quaternion_xyzw"}, "take 8 numbers; the action has 7"),
+    ],
+)
+def test_recipes_that_do_not_fit_the_dataset(make_recipe, tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        train(make_recipe(tmp_path, **overrides))
+
+
+def test_actions_without_rotation(make_recipe, tmp_path):
+    """Meta-World's four numbers: a grid of three bin counts, two tokens an action."""
+    overrides = {
+        "data__source": "scripts/data/metaworld_demos",
+        "data__eval_episodes": [1],
+        "data__action__rotation": None,
+    }
+    overrides |= {"data__camera__name": "corner4", "data__action__gripper": {"index": 3, "open": -1.0, "closed": 1.0}}
+    train(make_recipe(tmp_path, **overrides, model__grid__num_bins=[4, 8, 4], training__max_steps=2))
+    model = AutoModel.from_pretrained(tmp_path)
+    assert model.config.action_block_sizes == [128, 2] and model.config.chunk_size == 4
+
+
 def test_the_grid_bins_end_effector_motion(make_recipe, tmp_path):
     joints = make_recipe(tmp_path, data__action__kind="joint", data__action__rotation=None)
     with pytest.raises(ValueError, match="Expected end-effector actions with the gripper last.*kind 'joint'"):

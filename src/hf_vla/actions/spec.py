@@ -125,6 +125,12 @@ class ActionSpec(_Spec):
             raise ValueError(f"Expected control_hz above 0, came {self.control_hz!r}.")
         if self.gripper is not None and self.gripper.index >= len(self.names):
             raise ValueError(f"Gripper index {self.gripper.index} is outside the {len(self.names)} action dimensions.")
+        needed = 0 if self.rotation is None else 3 + math.prod(rotation_shape(self.rotation)) + bool(self.gripper)
+        if needed > len(self.names):
+            raise ValueError(
+                f"A translation, a rotation as {self.rotation!r} and the gripper take {needed} numbers; the action "
+                f"has {len(self.names)}: {list(self.names)}."
+            )
 
 
 @dataclass(frozen=True)

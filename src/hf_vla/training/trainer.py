@@ -182,10 +182,11 @@ def build(recipe: Recipe, dataset: LeRobotEpisodes, train_set: Subset):
         "num_transitions": len(actions),
     }
     spec = action_spec(data, dataset)
+    if spec.gripper is None:
+        raise ValueError("SpatialVLA's grid ends in a gripper: give data.action.gripper with index, open and closed.")
+    _check_gripper(spec.gripper, actions[:, spec.gripper.index])
     modes = ["quantile"] * len(spec.names)
-    if spec.gripper is not None:
-        modes[spec.gripper.index] = "zero_one"
-        _check_gripper(spec.gripper, actions[:, spec.gripper.index])
+    modes[spec.gripper.index] = "zero_one"
     action_config = {
         "chunk_size": data.chunk_size,
         "normalization": {"mode": modes, "clip": True, "convention": "spatialvla"},
@@ -200,7 +201,10 @@ def build(recipe: Recipe, dataset: LeRobotEpisodes, train_set: Subset):
     codec = ActionCodec(dictionaries["statistics"], action_config)
     normalized_actions = codec.normalizer(data.unnorm_key).normalize(actions)
     make = _new if arguments.preset is not None else _pretrained
-    return make(arguments, normalized_actions, dictionaries)
+    model, processor = make(arguments, normalized_actions, dictionaries)
+    if model.config.use_ego3d and processor.camera(data.unnorm_key).intrinsics is None:
+        raise ValueError("This model encodes 3-D positions: give data.camera.fovy or data.camera.intrinsics.")
+    return model, processor
 
 
 def _check_gripper(gripper: GripperSpec, values: np.ndarray) -> None:
@@ -262,9 +266,14 @@ def _pretrained(arguments: ModelArguments, normalized_actions, dictionaries):
 
 
 def _fit(normalized_actions, grid: GridArguments, num_bins, use_spherical: bool = True) -> GaussianGridTokenizer:
-    return GaussianGridTokenizer.fit(
-        normalized_actions, grid.num_bins or num_bins, grid.distribution, grid.min_sigma, use_spherical
-    )
+    num_bins, action_dim = grid.num_bins or num_bins, normalized_actions.shape[-1]
+    if action_dim not in (4, 7) or len(num_bins) + 1 != action_dim:
+        raise ValueError(
+            "SpatialVLA's grid bins 7 numbers (translation, rotation, gripper) with six model.grid.num_bins, or 4 "
+            f"(translation, gripper) with three; the dataset's actions have {action_dim}, model.grid.num_bins "
+            f"{list(num_bins)}."
+        )
+    return GaussianGridTokenizer.fit(normalized_actions, num_bins, grid.distribution, grid.min_sigma, use_spherical)
 
 
 def action_spec(data: DataArguments, dataset: LeRobotEpisodes) -> ActionSpec:

@@ -186,7 +186,7 @@ def test_missing_options_raise():
 
 
 def test_unknown_types_raise_and_list_the_known_ones():
-    known = r"known types: \['fast', 'gaussian_grid', 'uniform'\]\. Did you mean 'uniform'\?"
+    known = r"known types: \[.*'uniform'.*\]\. Did you mean 'uniform'\?"
     with pytest.raises(ValueError, match=f"Unknown action tokenizer 'unifrom'; {known}"):
         build_action_tokenizer({"type": "unifrom"})
     with pytest.raises(ValueError, match="Unknown action tokenizer None; known types"):
