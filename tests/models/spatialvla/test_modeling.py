@@ -342,6 +342,19 @@ def test_generate_in_other_ways(model, tiny_inputs, options):
         assert torch.equal(tokens, model.generate(**tiny_inputs, max_new_tokens=4, do_sample=False))
 
 
+def test_generate_goes_on_behind_an_action_token(any_model, tiny_inputs):
+    """An action token in front is no part of the prompt either: the prompt may not see it."""
+    actions = (
+        any_model.predict_action(**tiny_inputs, chunk_size=1).action_ids + any_model.config.action_token_begin_idx
+    )
+    ids = torch.cat([tiny_inputs["input_ids"], actions[:, :2]], dim=-1)
+    mask = torch.nn.functional.pad(tiny_inputs["attention_mask"], (0, 2), value=1)
+    inputs = {**tiny_inputs, "input_ids": ids, "attention_mask": mask}
+    options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    logits = any_model.generate(**inputs, **options).logits[0]
+    torch.testing.assert_close(logits.double(), any_model(**inputs).logits[:, -1], atol=1e-5, rtol=0)
+
+
 def test_a_generated_image_token_is_a_token_like_any_other(model, tiny_inputs):
     image = model.config.image_token_index
     tokens = model.generate(**tiny_inputs, max_new_tokens=3, prefix_allowed_tokens_fn=lambda *_: [image])

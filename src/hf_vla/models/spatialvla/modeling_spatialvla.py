@@ -296,9 +296,9 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
         """Logits of the whole vocabulary: `(..., hidden_size)` -> `(..., vocab_size)`."""
         logits = self.get_output_embeddings()(hidden_states)
         if self._spatial_head:
-            begin, end = self.config.action_token_begin_idx, self.config.spatial_token_num
-            spatial = F.linear(hidden_states, self._spatial_rows(0, end, hidden_states))
-            logits = torch.cat([logits[..., :begin], spatial, logits[..., begin + end :]], dim=-1)
+            begin, count = self.config.action_token_begin_idx, self.config.spatial_token_num
+            spatial = F.linear(hidden_states, self._spatial_rows(0, count, hidden_states))
+            logits = torch.cat([logits[..., :begin], spatial, logits[..., begin + count :]], dim=-1)
         return self._softcap(logits)
 
     def _action_head(self, hidden_states: torch.Tensor, start: int, stop: int) -> torch.Tensor:
@@ -416,10 +416,10 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
         return inputs
 
     def _expand_inputs_for_generation(self, *args, input_ids=None, **model_kwargs):
-        """Mark the prompt as such, and give every sample a camera matrix, before beams multiply the batch."""
+        """Mark where the prompt ends, and give every sample a camera matrix, before beams multiply the batch."""
         if (intrinsics := model_kwargs.get("intrinsics")) is not None and intrinsics.ndim == 2:
             model_kwargs["intrinsics"] = intrinsics.expand(len(input_ids), 3, 3)
-        model_kwargs["token_type_ids"] = torch.zeros_like(input_ids)
+        model_kwargs["token_type_ids"] = self._suffix_mask(model_kwargs.get("token_type_ids"), input_ids, None).long()
         return super()._expand_inputs_for_generation(*args, input_ids=input_ids, **model_kwargs)
 
     def _update_model_kwargs_for_generation(self, *args, num_new_tokens: int = 1, **kwargs):
