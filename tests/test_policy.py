@@ -189,3 +189,16 @@ def test_a_folder_without_a_checkpoint(tmp_path):
         Policy.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         Policy.from_pretrained("tests/modell")
+
+
+def test_a_name_on_the_hub_is_not_taken_for_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "lerobot" / "src").mkdir(parents=True)
+    (tmp_path / "outputs" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    names = []
+    monkeypatch.setattr("hf_vla.policy.AutoProcessor.from_pretrained", lambda name: names.append(name) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Policy.from_pretrained("lerobot/pi0_base")
+    with pytest.raises(FileNotFoundError, match="outputs/modell: no such folder. Did you mean 'outputs/model'"):
+        Policy.from_pretrained("outputs/modell")
+    assert names == ["lerobot/pi0_base"]
