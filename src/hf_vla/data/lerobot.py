@@ -46,7 +46,7 @@ class LeRobotEpisodes(Dataset):
         revision: str | None = None,
     ):
         self.name = str(source)
-        self.root = _local_folder(source, revision)
+        self.root = local_folder(source, revision)
         self.info = schema.read_info(self.root)
         self.tasks = schema.read_tasks(self.root, self.info)
         self.camera_keys = self._select_cameras(cameras)
@@ -276,7 +276,16 @@ def _place(columns: dict[str, np.ndarray], row: int) -> str:
     return f"episode {columns['episode_index'][row]}, frame {columns['frame_index'][row]}"
 
 
-def _local_folder(source: str | Path, revision: str | None) -> Path:
+def local_folder(source: str | Path, revision: str | None) -> Path:
+    """Folder of a dataset; one on the Hub is downloaded.
+
+    Args:
+        source (`str` or `Path`): the folder, or its name on the Hub.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and it is no dataset's name.
+    """
     folder = Path(source)
     if folder.is_dir():
         return folder

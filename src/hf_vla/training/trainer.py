@@ -19,7 +19,7 @@ from hf_vla.actions.statistics import ActionStatistics
 from hf_vla.actions.tokenizers.gaussian_grid import NUM_BINS, GaussianGridTokenizer
 from hf_vla.data import schema
 from hf_vla.data.collator import VLACollator
-from hf_vla.data.lerobot import LeRobotEpisodes
+from hf_vla.data.lerobot import LeRobotEpisodes, local_folder
 from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
 from hf_vla.models.spatialvla.modeling_spatialvla import SpatialVLAForConditionalGeneration
 from hf_vla.models.spatialvla.processing_spatialvla import SpatialVLAProcessor
@@ -151,8 +151,8 @@ def open_dataset(data: DataArguments) -> tuple[LeRobotEpisodes, Subset, Subset |
     Raises:
         ValueError: a held-out episode does not exist, or none is left to train on.
     """
-    info = LeRobotEpisodes(data.source, cameras=[], revision=data.revision)
-    deltas = {schema.ACTION: [step / info.fps for step in range(data.chunk_size)]}
+    fps = schema.read_info(local_folder(data.source, data.revision)).fps
+    deltas = {schema.ACTION: [step / fps for step in range(data.chunk_size)]}
     dataset = LeRobotEpisodes(data.source, deltas, cameras=[data.camera.name], revision=data.revision)
     known = {episode.index for episode in dataset.episodes}
     unknown = sorted(set(data.eval_episodes) - known)
