@@ -6,6 +6,8 @@ from safetensors.torch import load_file
 
 from hf_vla.models.spatialvla.modeling_spatialvla import SpatialVLAForConditionalGeneration
 
+VOCABULARY = slice(None, None, 8)  # goldens/README.md: which of the logits are kept
+
 
 def close(actual, expected, atol):
     torch.testing.assert_close(actual, expected.to(actual.dtype), atol=atol, rtol=0)
@@ -45,7 +47,7 @@ def test_recorded_depth_replaces_the_depth_model(published):
 def test_prompt_logits_and_hidden_states(published):
     real = published.infer["attention_mask"].bool()
     output = published.model(**published.infer, output_hidden_states=True)
-    close(output.logits[real], published.outputs["eval.logits"][real], 1e-3)
+    close(output.logits[real][:, VOCABULARY], published.outputs["eval.logits"][real], 1e-3)
     close(output.hidden_states[-1][real], published.outputs["eval.hidden_states"][-1][real], 1e-3)
 
 
@@ -65,7 +67,7 @@ def test_training_loss_and_logits(published):
     close(output.loss, published.outputs["train.loss_each_unpadded"].mean(), 1e-4)
     unpadded = published.train["attention_mask"].all(-1)
     assert unpadded.any()
-    close(output.logits[unpadded], published.outputs["train.logits"][unpadded], 1e-3)
+    close(output.logits[unpadded][..., VOCABULARY], published.outputs["train.logits"][unpadded], 1e-3)
     assert torch.equal(
         published.model(**published.train, token_type_ids=published.inputs["train.token_type_ids"]).loss, output.loss
     )
@@ -88,7 +90,7 @@ def test_training_gradients(goldens):
     for name, expected in recorded.items():
         grad = parameters[name.removesuffix("[action_rows]").replace("vision_model.", "")].grad
         grad = grad[-model.config.spatial_token_num :] if name.endswith("[action_rows]") else grad
-        close(grad, expected, 1e-3 * expected.abs().max().item())
+        close(grad[::4], expected, 1e-3 * expected.abs().max().item())
     frozen = [name for name, parameter in parameters.items() if parameter.grad is None]
     assert frozen == [name for name in parameters if name.startswith("vision_zoe_model.")]
     assert not any(parameters[name].requires_grad for name in frozen)
