@@ -1,0 +1,273 @@
+"""What every action head offers: a loss for training, samples for acting, nothing in between."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_vla.actions.heads.networks.condition import Condition, ConditionEncoder
+from hf_vla.actions.heads.networks.registry import build_denoiser
+
+REDUCTIONS = ("masked", "published")
+
+
+class ActionHead(nn.Module, ABC):
+    """VLM features -> chunk of continuous, normalised actions.
+
+    Args:
+        feature_dim (`int`): size of a VLM token.
+        action_dim (`int`): numbers of one action.
+        chunk_size (`int`): actions of one prediction.
+        state_dim (`int`, *optional*): numbers of the robot's state; None for heads that see none.
+        condition (`dict`, *optional*): options of
+            [`~hf_vla.actions.heads.networks.condition.ConditionEncoder`].
+        reduction (`str`): `"masked"`: a sample's loss is the mean over its real actions. `"published"`: as the
+            published diffusion heads, padded actions enter the noised chunk and the mean divides by all of them.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        action_dim: int,
+        chunk_size: int,
+        state_dim: int | None = None,
+        *,
+        condition: dict[str, Any] | None = None,
+        reduction: str = "masked",
+    ):
+        super().__init__()
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"Expected a reduction in {REDUCTIONS}, came {reduction!r}.")
+        self.feature_dim, self.action_dim, self.chunk_size, self.state_dim = (
+            feature_dim,
+            action_dim,
+            chunk_size,
+            state_dim,
+        )
+        self.reduction = reduction
+        self.condition_encoder = ConditionEncoder(feature_dim, state_dim, **(condition or {}))
+
+    @abstractmethod
+    def loss(
+        self,
+        features: torch.Tensor,
+        feature_mask: torch.Tensor,
+        actions: torch.Tensor,
+        action_mask: torch.Tensor,
+        state: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """Training loss of each sample.
+
+        Args:
+            features (`torch.Tensor` of shape `(batch_size, sequence_length, feature_dim)`): of the VLM.
+            feature_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, bool): True where a token is real.
+            actions (`torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`): normalised.
+            action_mask (`torch.Tensor` of shape `(batch_size, chunk_size)`, bool): True where an action is real;
+                padded ones cannot change the loss.
+            state (`torch.Tensor` of shape `(batch_size, state_dim)`, *optional*): normalised.
+            generator (`torch.Generator`, *optional*): makes noise and times repeatable.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`, float32; 0 for a sample without real actions.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+
+    @abstractmethod
+    def sample(
+        self,
+        features: torch.Tensor,
+        feature_mask: torch.Tensor,
+        state: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        noise: torch.Tensor | None = None,
+        num_inference_steps: int | None = None,
+    ) -> torch.Tensor:
+        """Predict a chunk for each sample.
+
+        Args:
+            features, feature_mask, state: as in `loss`.
+            generator (`torch.Generator`, *optional*): makes the prediction repeatable.
+            noise (`torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`, *optional*): to start from; heads
+                that start from none take only None.
+            num_inference_steps (`int`, *optional*): denoising steps; the head's own by default; heads without any
+                take only None.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`, float32, normalised.
+
+        Raises:
+            ValueError: a shape does not fit, an argument is not for this head, or a prediction is not finite.
+        """
+
+    def targets(self, features: torch.Tensor, actions: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+        """Actions in float32 with padded ones set to 0, so that they reach nothing (unless published).
+
+        Raises:
+            ValueError: the shapes are not those of one chunk for each sample.
+        """
+        expected = (len(features), self.chunk_size, self.action_dim)
+        if actions.shape != expected or action_mask.shape != expected[:2]:
+            raise ValueError(
+                f"Expected actions of shape {expected} and an action_mask of shape {expected[:2]}, came "
+                f"{tuple(actions.shape)} and {tuple(action_mask.shape)}."
+            )
+        actions = actions.float()
+        return actions if self.reduction == "published" else actions.masked_fill(~action_mask[..., None], 0.0)
+
+    def reduce(self, error: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+        """Mean of a float32 `(batch_size, chunk_size, action_dim)` error over a sample's actions, `(batch_size,)`."""
+        error = error.masked_fill(~action_mask[..., None], 0.0)
+        if self.reduction == "published":
+            return error.mean((1, 2))
+        return error.mean(2).sum(1) / action_mask.sum(1).clamp(min=1)
+
+
+def check_finite(actions: torch.Tensor) -> torch.Tensor:
+    """Return predicted actions as they are, or raise.
+
+    Raises:
+        ValueError: some are NaN or infinite; the text names their samples.
+    """
+    finite = torch.isfinite(actions).flatten(1).all(1)
+    if not finite.all():
+        raise ValueError(
+            f"The predicted actions of samples {(~finite).nonzero()[:, 0].tolist()} are NaN or infinite: are their "
+            "images and states finite, and do the weights fit their precision?"
+        )
+    return actions
+
+
+def check_one_pass(noise: torch.Tensor | None, num_inference_steps: int | None) -> None:
+    """Raise where a head without denoising is asked for it.
+
+    Raises:
+        ValueError: noise or steps are given.
+    """
+    if noise is not None or num_inference_steps is not None:
+        raise ValueError(
+            "This head predicts in one pass: it takes neither noise nor num_inference_steps; leave both out."
+        )
+
+
+class DenoisingHead(ActionHead):
+    """What heads that turn noise into actions share: denoiser, classifier-free guidance, noise.
+
+    Args:
+        denoiser (`dict`): `{"type": ..., **options}`, see `hf_vla.actions.heads.networks.registry`.
+        num_inference_steps (`int`): of a sampling, where the caller names none.
+        condition_dropout (`float`): share of training samples that see a learnt null condition instead of theirs, for
+            classifier-free guidance.
+        guidance_scale (`float`): 1: no guidance; s: `null + s * (conditioned - null)`. Above 0.
+        others: see [`ActionHead`].
+
+    Source: classifier-free guidance, https://huggingface.co/papers/2207.12598
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        action_dim: int,
+        chunk_size: int,
+        state_dim: int | None = None,
+        *,
+        denoiser: dict[str, Any] | None = None,
+        num_inference_steps: int = 10,
+        condition_dropout: float = 0.0,
+        guidance_scale: float = 1.0,
+        **kwargs,
+    ):
+        super().__init__(feature_dim, action_dim, chunk_size, state_dim, **kwargs)
+        if num_inference_steps < 1 or not 0 <= condition_dropout < 1 or guidance_scale <= 0:
+            raise ValueError(
+                "Expected num_inference_steps of 1 or more, condition_dropout in [0, 1) and guidance_scale above 0, "
+                f"came {num_inference_steps}, {condition_dropout} and {guidance_scale}."
+            )
+        if guidance_scale != 1.0 and condition_dropout == 0.0:
+            raise ValueError("Guidance needs a null condition: train with condition_dropout above 0 (0.1 is usual).")
+        self.num_inference_steps = num_inference_steps
+        self.condition_dropout, self.guidance_scale = condition_dropout, guidance_scale
+        denoiser = {"type": "conditional_unet1d"} if denoiser is None else denoiser
+        self.denoiser = build_denoiser(denoiser, action_dim, chunk_size, feature_dim)
+        if condition_dropout:
+            # one for vector and tokens: a null of its own for tokens would have no gradient where no network sees them
+            self.null_condition = nn.Parameter(torch.empty(feature_dim))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Let the learnt null condition start at 0."""
+        if self.condition_dropout:
+            nn.init.zeros_(self.null_condition)
+
+    def encode_condition(self, features, feature_mask, state, generator) -> Condition:
+        """Encode the observation for a loss; in training mode a share of conditions is dropped."""
+        condition = self.condition_encoder(features, feature_mask, state)
+        if not (self.training and self.condition_dropout):
+            return condition
+        draw = torch.rand(len(features), generator=generator, device=features.device)
+        return self.without(condition, draw < self.condition_dropout)
+
+    def without(self, condition: Condition, dropped: torch.Tensor) -> Condition:
+        """Replace the conditions of the samples where `dropped` `(batch_size,)` is True by the learnt null."""
+        null = self.null_condition.to(condition.vector)
+        vector = torch.where(dropped[:, None], null, condition.vector)
+        tokens = torch.where(dropped[:, None, None], null.to(condition.tokens), condition.tokens)
+        return Condition(vector, tokens, condition.token_mask)
+
+    def prepare(self, features, feature_mask, state, times: torch.Tensor) -> Sequence[Any]:
+        """Contexts of a sampling at `times` `(num_steps,)`; with guidance for the batch and its null twin."""
+        condition = self.condition_encoder(features, feature_mask, state)
+        if self.guidance_scale != 1.0:
+            null = self.without(condition, torch.ones(len(features), dtype=torch.bool, device=features.device))
+            condition = Condition(
+                *(
+                    torch.cat(pair)
+                    for pair in (
+                        (condition.vector, null.vector),
+                        (condition.tokens, null.tokens),
+                        (condition.token_mask, null.token_mask),
+                    )
+                )
+            )
+        return self.denoiser.prepare(condition, times[:, None])
+
+    def denoise(self, sample: torch.Tensor, context: Any) -> torch.Tensor:
+        """One call of the denoiser, float32 in and out whatever its precision."""
+        dtype = next(self.denoiser.parameters()).dtype
+        return self.denoiser(sample.to(dtype), context).float()
+
+    def predict(self, sample: torch.Tensor, context: Any) -> torch.Tensor:
+        """One call of the denoiser for a sampling, guided."""
+        if self.guidance_scale == 1.0:
+            return self.denoise(sample, context)
+        conditioned, null = self.denoise(torch.cat([sample, sample]), context).chunk(2)
+        return torch.lerp(null, conditioned, self.guidance_scale)
+
+    def num_steps(self, num_inference_steps: int | None) -> int:
+        """Denoising steps of a sampling.
+
+        Raises:
+            ValueError: fewer than 1 are asked for.
+        """
+        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        if steps < 1:
+            raise ValueError(f"Expected num_inference_steps of 1 or more, came {steps}.")
+        return steps
+
+    def initial_noise(self, features, generator, noise) -> torch.Tensor:
+        """Given noise, checked, or standard normal noise, float32, drawn where the generator is.
+
+        Raises:
+            ValueError: the given noise has another shape.
+        """
+        shape = (len(features), self.chunk_size, self.action_dim)
+        if noise is None:
+            device = features.device if generator is None else generator.device
+            return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(features.device)
+        if noise.shape != shape:
+            raise ValueError(f"Expected noise of shape {shape}, came {tuple(noise.shape)}.")
+        return noise.float()

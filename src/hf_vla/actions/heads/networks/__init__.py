@@ -1,0 +1,1 @@
+"""The networks that action heads are made of."""

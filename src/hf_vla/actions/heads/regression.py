@@ -1,0 +1,92 @@
+"""Actions predicted directly, as one point: fast, but the mean of two good answers is often a bad one."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from hf_vla.actions.heads.base import ActionHead, check_finite, check_one_pass
+from hf_vla.actions.heads.networks.mlp import MLPResNet, mlp
+
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
+NETWORKS = ("mlp", "parallel")
+
+
+class RegressionHead(ActionHead):
+    """One pass of a perceptron, deterministic.
+
+    Args:
+        loss (`str`): `"mse"`, `"l1"` (OpenVLA-OFT) or `"huber"`.
+        huber_delta (`float`): error, normalised units, above which the Huber loss is linear.
+        network (`str`): `"mlp"`: the condition vector gives the whole chunk. `"parallel"` (OpenVLA-OFT): the features
+            are readout tokens, `tokens_per_action` for each action, which is computed from their concatenation; the
+            condition vector, and with it the state, is added to every token.
+        hidden_dim (`int`): width.
+        num_layers (`int`): Linear layers of `"mlp"`.
+        num_blocks (`int`): residual blocks of `"parallel"`.
+        tokens_per_action (`int`): of `"parallel"`; OpenVLA-OFT has `action_dim`.
+        others: see [`~hf_vla.actions.heads.base.ActionHead`].
+
+    Source: OpenVLA-OFT, https://huggingface.co/papers/2502.19645
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        action_dim: int,
+        chunk_size: int,
+        state_dim: int | None = None,
+        *,
+        loss: str = "mse",
+        huber_delta: float = 1.0,
+        network: str = "mlp",
+        hidden_dim: int = 1024,
+        num_layers: int = 3,
+        num_blocks: int = 2,
+        tokens_per_action: int = 1,
+        **kwargs,
+    ):
+        super().__init__(feature_dim, action_dim, chunk_size, state_dim, **kwargs)
+        if loss not in LOSSES or network not in NETWORKS:
+            raise ValueError(
+                f"Expected loss in {tuple(LOSSES)} and network in {NETWORKS}, came {loss!r} and {network!r}."
+            )
+        if huber_delta <= 0 or tokens_per_action < 1 or num_blocks < 0:
+            raise ValueError(
+                "Expected huber_delta above 0, tokens_per_action of 1 or more and num_blocks of 0 or more, came "
+                f"{huber_delta}, {tokens_per_action} and {num_blocks}."
+            )
+        self.loss_type, self.huber_delta = loss, huber_delta
+        self.parallel, self.tokens_per_action = network == "parallel", tokens_per_action
+        self.network = (
+            MLPResNet(feature_dim * tokens_per_action, hidden_dim, action_dim, num_blocks)
+            if self.parallel
+            else mlp(feature_dim, hidden_dim, chunk_size * action_dim, num_layers)
+        )
+
+    def loss(self, features, feature_mask, actions, action_mask, state=None, generator=None):
+        """Error of each sample `(batch_size,)`; the generator is not used."""
+        targets = self.targets(features, actions, action_mask)
+        options = {"delta": self.huber_delta} if self.loss_type == "huber" else {}
+        predicted = self._predict(features, feature_mask, state)
+        return self.reduce(LOSSES[self.loss_type](predicted, targets, reduction="none", **options), action_mask)
+
+    @torch.no_grad()
+    def sample(self, features, feature_mask, state=None, generator=None, noise=None, num_inference_steps=None):
+        """Predict `(batch_size, chunk_size, action_dim)`; the generator is not used, noise and steps are refused."""
+        check_one_pass(noise, num_inference_steps)
+        return check_finite(self._predict(features, feature_mask, state))
+
+    def _predict(self, features, feature_mask, state):
+        condition = self.condition_encoder(features, feature_mask, state)
+        hidden = condition.vector
+        if self.parallel:
+            needed = self.chunk_size * self.tokens_per_action
+            if features.shape[1] != needed or not feature_mask.all():
+                raise ValueError(
+                    f"Expected {needed} readout tokens ({self.chunk_size} actions of {self.tokens_per_action}), none "
+                    f"masked, came {feature_mask.sum(1).tolist()} real ones of {features.shape[1]}: set the model's "
+                    f"num_readout_tokens to {needed}, or tokens_per_action to fit."
+                )
+            hidden = (condition.tokens + hidden[:, None]).reshape(len(features), self.chunk_size, -1)
+        return self.network(hidden).float().reshape(-1, self.chunk_size, self.action_dim)

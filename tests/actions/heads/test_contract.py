@@ -1,0 +1,361 @@
+"""What every action head must do; a new one in the registry is tested by these without a new file."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_vla.actions.heads.base import DenoisingHead
+from hf_vla.actions.heads.registry import ACTION_HEADS, build_action_head
+
+BATCH, LENGTH, FEATURES, ACTIONS, CHUNK, STATE = 3, 6, 16, 3, 5, 4
+UNET = {"type": "conditional_unet1d", "down_dims": [16, 32], "n_groups": 4, "diffusion_step_embed_dim": 16}
+DIT = {"type": "dit", "hidden_size": 16, "depth": 2, "num_heads": 2}
+# options that make a head small; a head without any here is tested with its defaults
+SMALL = {
+    "diffusion": [
+        {"denoiser": UNET},
+        {"denoiser": DIT, "condition_dropout": 0.2, "guidance_scale": 1.5, "condition": {"pooling": "last"}},
+    ],
+    "flow_matching": [
+        {"denoiser": DIT | {"conditioning": "cross_attention"}},
+        {"denoiser": UNET, "condition": {"combine": "mlp", "hidden_dim": 16}},
+    ],
+    "regression": [{"hidden_dim": 16}, {"hidden_dim": 16, "loss": "huber", "condition": {"pooling": "attention"}}],
+    "classification": [
+        {"hidden_dim": 32, "num_bins": 32},
+        {"hidden_dim": 32, "num_bins": 32, "decoding": "sample"},
+    ],
+}
+CASES = [(name, options) for name in sorted(ACTION_HEADS) for options in SMALL.get(name, [{}])]
+DENOISING = [case for case in CASES if issubclass(ACTION_HEADS[case[0]], DenoisingHead)]
+ONE_PASS = [case for case in CASES if case not in DENOISING]
+
+
+def build(name, options, state_dim=STATE):
+    """A head whose every weight is away from its initial value: some networks begin as zeros or identities."""
+    head = build_action_head({"type": name, **options}, FEATURES, ACTIONS, CHUNK, state_dim)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return head
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{SMALL.get(case[0], [{}]).index(case[1])}")
+def case(request):
+    torch.manual_seed(0)
+    return request.param
+
+
+@pytest.fixture
+def head(case):
+    return build(*case)
+
+
+@pytest.fixture
+def observation():
+    """Features, their mask and state; the samples have 6, 4 and 1 real tokens."""
+    generator = torch.Generator().manual_seed(2)
+    return {
+        "features": torch.randn(BATCH, LENGTH, FEATURES, generator=generator),
+        "feature_mask": torch.arange(LENGTH) < torch.tensor([[6], [4], [1]]),
+        "state": torch.randn(BATCH, STATE, generator=generator),
+    }
+
+
+@pytest.fixture
+def batch(observation):
+    """The same with actions, of which 5, 3 and 1 are real."""
+    actions = torch.rand(BATCH, CHUNK, ACTIONS, generator=torch.Generator().manual_seed(3)) * 1.8 - 0.9
+    return observation | {"actions": actions, "action_mask": torch.arange(CHUNK) < torch.tensor([[5], [3], [1]])}
+
+
+def loss(head, batch, seed=0):
+    return head.loss(**batch, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(head, observation, seed=0, **kwargs):
+    return head.sample(**observation, generator=torch.Generator().manual_seed(seed), **kwargs)
+
+
+def gradients(head, value):
+    head.zero_grad()
+    value.backward()
+    return {name: parameter.grad for name, parameter in head.named_parameters()}
+
+
+def garbage_where(tensor, chosen, value):
+    return torch.where(chosen[..., None], torch.full_like(tensor, value), tensor)
+
+
+def test_losses_are_one_float32_per_sample(head, batch):
+    value = loss(head, batch)
+    assert value.shape == (BATCH,) and value.dtype == torch.float32
+    assert (value > 0).all() and torch.isfinite(value).all()
+
+
+def test_samples_are_float32_chunks_without_a_graph(head, observation):
+    actions = sample(head, observation)
+    assert actions.shape == (BATCH, CHUNK, ACTIONS) and actions.dtype == torch.float32
+    assert torch.isfinite(actions).all() and not actions.requires_grad
+
+
+def test_every_weight_is_trained_and_the_gradient_reaches_features_and_state(head, batch):
+    batch["features"].requires_grad_(), batch["state"].requires_grad_()
+    grads = gradients(head, sum(loss(head, batch, seed).sum() for seed in range(4)))
+    assert [name for name, grad in grads.items() if grad is None] == []
+    reached = batch["features"].grad.abs().sum(-1) > 0
+    assert reached.any(1).all() and not reached[~batch["feature_mask"]].any()
+    assert (batch["state"].grad.abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("value", [1e9, float("nan"), float("inf")])
+def test_padded_actions_change_neither_loss_nor_gradient(head, batch, value):
+    changed = batch | {"actions": garbage_where(batch["actions"], ~batch["action_mask"], value)}
+    torch.testing.assert_close(loss(head, changed), loss(head, batch), rtol=0, atol=0)
+    torch.testing.assert_close(
+        gradients(head, loss(head, changed).sum()), gradients(head, loss(head, batch).sum()), rtol=0, atol=0
+    )
+
+
+def test_real_actions_change_the_loss(head, batch):
+    for row, last in enumerate([4, 2, 0]):
+        changed = batch | {"actions": batch["actions"].clone()}
+        changed["actions"][row, last] += 0.5
+        assert ((loss(head, changed) != loss(head, batch)).nonzero() == row).all()
+
+
+def test_a_fully_padded_sample_costs_nothing(head, batch):
+    expected = loss(head, batch)
+    batch["action_mask"][1] = False
+    batch["actions"][1] = float("nan")
+    value = loss(head, batch)
+    assert value[1] == 0
+    torch.testing.assert_close(value[[0, 2]], expected[[0, 2]], rtol=0, atol=0)
+    assert all((grad == 0).all() for grad in gradients(head, value[1]).values() if grad is not None)
+
+
+@pytest.mark.parametrize("value", [1e9, float("nan")])
+def test_masked_tokens_change_nothing(head, batch, observation, value):
+    changed = {"features": garbage_where(batch["features"], ~batch["feature_mask"], value)}
+    torch.testing.assert_close(loss(head, batch | changed), loss(head, batch), rtol=0, atol=0)
+    torch.testing.assert_close(sample(head, observation | changed), sample(head, observation), rtol=0, atol=0)
+
+
+def test_longer_padding_changes_nothing(head, batch, observation):
+    padding = torch.full((BATCH, 3, FEATURES), float("nan"))
+    longer = {
+        "features": torch.cat([batch["features"], padding], 1),
+        "feature_mask": torch.cat([batch["feature_mask"], torch.zeros(BATCH, 3, dtype=torch.bool)], 1),
+    }
+    torch.testing.assert_close(loss(head, batch | longer), loss(head, batch), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sample(head, observation | longer), sample(head, observation), rtol=1e-4, atol=1e-5)
+
+
+def test_real_tokens_and_state_change_the_sample(head, observation):
+    if hasattr(head, "decoding"):
+        head.decoding = "expectation"  # a small change of the scores seldom moves the bin
+    expected = sample(head, observation)
+    for key in ("features", "state"):
+        changed = sample(head, observation | {key: observation[key] + torch.randn_like(observation[key])})
+        assert (changed != expected).flatten(1).any(1).all()
+
+
+def test_batch_mates_change_nothing(head, batch, observation):
+    mates = {key: value.clone() for key, value in batch.items()}
+    mates["features"][1:] = torch.randn(2, LENGTH, FEATURES) * 5
+    mates["state"][1:] += 5
+    mates["actions"][1:] = 0.0
+    mates["feature_mask"][1:] = torch.tensor([[True] * 2 + [False] * 4, [True] * 6])
+    mates["action_mask"][1:] = True
+    torch.testing.assert_close(loss(head, mates)[0], loss(head, batch)[0], rtol=1e-5, atol=1e-6)
+    others = {key: mates[key] for key in observation}
+    torch.testing.assert_close(sample(head, others)[0], sample(head, observation)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_does_not_depend_on_the_batch_size(head, batch):
+    many = {key: value[:1].expand(256, *value.shape[1:]) for key, value in batch.items()}
+    few = {key: value[:16] for key, value in many.items()}
+    mean = torch.stack([loss(head, few, seed).mean() for seed in range(1, 17)]).mean()
+    assert loss(head, many).mean().item() == pytest.approx(mean.item(), rel=0.2)
+
+
+def test_a_generator_makes_loss_and_sample_repeatable_and_leaves_the_global_one_alone(head, batch, observation):
+    expected_loss, expected_sample = loss(head, batch), sample(head, observation)
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    assert torch.equal(loss(head, batch), expected_loss) and torch.equal(sample(head, observation), expected_sample)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_loss_and_sample_share_no_mode(head, batch, observation):
+    """A head in training mode predicts what it predicts in evaluation mode: nothing is dropped from a sample."""
+    expected_loss, expected_sample = loss(head.train(), batch), sample(head.train(), observation)
+    assert torch.equal(sample(head.eval(), observation), expected_sample)
+    assert torch.equal(loss(head.eval(), batch), expected_loss)
+
+
+@pytest.mark.parametrize(("name", "options"), ONE_PASS)
+def test_heads_of_one_pass_refuse_noise_and_steps(name, options, observation):
+    for extra in ({"noise": torch.randn(BATCH, CHUNK, ACTIONS)}, {"num_inference_steps": 3}):
+        with pytest.raises(ValueError, match="in one pass: it takes neither noise nor num_inference_steps"):
+            sample(build(name, options), observation, **extra)
+
+
+@pytest.mark.parametrize(("name", "options"), DENOISING)
+def test_heads_that_denoise_begin_with_the_given_noise(name, options, observation):
+    head, noise = build(name, options), torch.randn(BATCH, CHUNK, ACTIONS)
+    expected = sample(head, observation, 0, noise=noise)
+    assert torch.equal(sample(head, observation, 1, noise=noise), expected)
+    assert not torch.equal(sample(head, observation, 0), sample(head, observation, 1))
+    assert not torch.equal(sample(head, observation, noise=noise, num_inference_steps=3), expected)
+    with pytest.raises(ValueError, match=r"noise of shape \(3, 5, 3\), came \(3, 4, 3\)"):
+        sample(head, observation, noise=noise[:, 1:])
+    alone = [sample(head, {k: v[[i]] for k, v in observation.items()}, noise=noise[[i]]) for i in range(BATCH)]
+    torch.testing.assert_close(torch.cat(alone), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_state_is_needed_exactly_where_it_is_declared(case, batch, observation):
+    without = {"state": None}
+    blind = build(*case, state_dim=None)
+    assert loss(blind, batch | without).shape == (BATCH,)
+    assert sample(blind, observation | without).shape == (BATCH, CHUNK, ACTIONS)
+    seeing = build(*case)
+    for head, given, message in (
+        (blind, {}, r"a state of None numbers \(None: no state\), came 4"),
+        (seeing, without, "a state of 4 numbers .*, came None"),
+        (seeing, {"state": torch.zeros(BATCH, STATE + 1)}, "a state of 4 numbers .*, came 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loss(head, batch | given)
+        with pytest.raises(ValueError, match=message):
+            sample(head, observation | given)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("actions", (BATCH, CHUNK + 1, ACTIONS)),
+        ("actions", (BATCH, CHUNK, ACTIONS - 1)),
+        ("actions", (BATCH - 1, CHUNK, ACTIONS)),
+        ("actions", (1, CHUNK, ACTIONS)),
+        ("action_mask", (BATCH, CHUNK - 1)),
+        ("features", (BATCH, LENGTH, FEATURES + 1)),
+        ("feature_mask", (BATCH, LENGTH - 1)),
+        ("feature_mask", (1, LENGTH)),
+        ("state", (1, STATE)),
+    ],
+)
+def test_other_shapes_raise(head, batch, key, shape):
+    wrong = torch.ones(shape, dtype=batch[key].dtype)
+    with pytest.raises(ValueError, match="Expected .*, came "):
+        loss(head, batch | {key: wrong})
+    if key not in ("actions", "action_mask"):
+        with pytest.raises(ValueError, match="Expected .*, came "):
+            sample(head, {k: v for k, v in (batch | {key: wrong}).items() if "action" not in k})
+
+
+def test_chunks_of_another_batch_raise(head, batch):
+    few = {key: batch[key][:1] for key in ("actions", "action_mask")}
+    with pytest.raises(ValueError, match=r"actions of shape \(3, 5, 3\) .*came \(1, 5, 3\) and \(1, 5\)"):
+        loss(head, batch | few)
+
+
+def test_features_without_a_real_token_raise(head, batch, observation):
+    observation["feature_mask"][1] = False
+    with pytest.raises(ValueError, match="at least one real token in every sample"):
+        sample(head, observation)
+    with pytest.raises(ValueError, match="at least one real token in every sample"):
+        loss(head, batch)
+
+
+@pytest.mark.parametrize("key", ["features", "state"])
+def test_predictions_that_are_not_finite_raise_and_are_named(head, observation, key):
+    observation[key][1] = float("nan")
+    with pytest.raises(ValueError, match=r"actions of samples \[1\] are NaN or infinite"):
+        sample(head, observation)
+
+
+def test_weights_may_be_bfloat16(head, batch, observation):
+    head.to(torch.bfloat16)
+    features = {"features": batch["features"].to(torch.bfloat16)}
+    value, actions = loss(head, batch | features), sample(head, observation | features)
+    assert value.dtype == actions.dtype == torch.float32
+    assert torch.isfinite(value).all() and torch.isfinite(actions).all()
+    assert not torch.equal(value, value.to(torch.bfloat16).float())  # the loss itself is computed in float32
+    grads = gradients(head, value.sum()).values()
+    assert all(torch.isfinite(grad).all() for grad in grads if grad is not None)
+
+
+def test_saved_weights_give_the_same_head_even_from_the_meta_device(case, head, batch, observation):
+    expected_loss, expected_sample = loss(head, batch), sample(head, observation)
+    with torch.device("meta"):
+        again = build_action_head({"type": case[0], **case[1]}, FEATURES, ACTIONS, CHUNK, STATE)
+    assert all(tensor.device.type == "meta" for tensor in [*again.parameters(), *again.buffers()])
+    again.to_empty(device="cpu")
+    again.load_state_dict(head.state_dict())
+    assert torch.equal(loss(again, batch), expected_loss) and torch.equal(sample(again, observation), expected_sample)
+
+
+def test_use_leaves_no_trace_in_the_head(head, batch, observation):
+    weights = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    first = sample(head, observation)
+    loss(head, batch)
+    after = head.state_dict()
+    assert list(after) == list(weights) and all(torch.equal(after[name], weights[name]) for name in weights)
+    assert torch.equal(sample(head, observation), first)
+
+
+def test_copies_are_equal_and_independent(head, batch, observation):
+    expected = sample(head, observation)
+    twin = copy.deepcopy(head)
+    assert torch.equal(sample(twin, observation), expected)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.equal(sample(head, observation), expected)
+
+
+def test_training_lowers_the_loss_and_the_samples_reach_the_actions(case):
+    torch.manual_seed(0)
+    head = build_action_head({"type": case[0], **case[1]}, FEATURES, ACTIONS, CHUNK, STATE)
+    observation = {
+        "features": torch.randn(2, LENGTH, FEATURES),
+        "feature_mask": torch.ones(2, LENGTH, dtype=torch.bool),
+        "state": torch.randn(2, STATE),
+    }
+    actions = torch.rand(2, CHUNK, ACTIONS) * 1.6 - 0.8
+    many = {key: value.repeat(16, *[1] * (value.ndim - 1)) for key, value in observation.items()}
+    many |= {"actions": actions.repeat(16, 1, 1), "action_mask": torch.ones(32, CHUNK, dtype=torch.bool)}
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(250):
+        value = head.loss(**many, generator=generator).mean()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert sum(losses[-20:]) < 0.3 * sum(losses[:20])
+    error = (sample(head, observation) - actions).abs().mean()
+    swapped = (sample(head, observation) - actions.flip(0)).abs().mean()
+    assert error < 0.2 and swapped > 2.5 * error
+
+
+@pytest.mark.parametrize("name", sorted(ACTION_HEADS))
+def test_misspelt_options_raise_and_are_named(name):
+    with pytest.raises(ValueError, match=f"Action head '{name}': .*'hiden_dim'"):
+        build_action_head({"type": name, "hiden_dim": 8}, FEATURES, ACTIONS, CHUNK)
+    for options, message in (
+        ({"reduction": "sum"}, r"reduction in \('masked', 'published'\), came 'sum'"),
+        ({"condition": {"pooling": "max"}}, "pooling in .*came .*'max'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_action_head({"type": name, **options}, FEATURES, ACTIONS, CHUNK)
+
+
+@pytest.mark.parametrize("config", [{"type": "regresion"}, {}])
+def test_unknown_types_raise_and_list_the_known_ones(config):
+    with pytest.raises(ValueError, match=r"No action head .*; there are \[.*'regression'"):
+        build_action_head(config, FEATURES, ACTIONS, CHUNK)

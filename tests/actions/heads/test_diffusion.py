@@ -1,0 +1,354 @@
+"""The recorded head, and diffusions whose every step is known: time 0 = hardly any noise, the last = noise."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_vla.actions.heads.diffusion import PREDICTION_TYPES, SCHEDULER, DiffusionHead
+from hf_vla.actions.heads.networks.base import Denoiser
+
+FEATURES, ACTIONS, CHUNK, STATE = 8, 2, 4, 3
+UNET = {"type": "conditional_unet1d", "down_dims": [16, 32], "n_groups": 4, "diffusion_step_embed_dim": 8}
+COSINE = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 100}
+DDPM = {"_class_name": "DDPMScheduler", **COSINE}
+DPM = {"_class_name": "DPMSolverMultistepScheduler", **COSINE}
+ALPHAS = diffusers.DDIMScheduler(**COSINE).alphas_cumprod
+
+
+class Known(Denoiser):
+    """A known prediction of the chunk and of the time; keeps the times and the samples it was called with."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.times, self.samples = function, [], []
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def prepare(self, condition, times):
+        self.times += list(times)
+        return [time[:, None, None] for time in times]
+
+    def forward(self, sample, time):
+        self.samples.append(sample)
+        return self.function(sample, time) + self.weight
+
+
+def build(function=None, seed=0, **options):
+    """A small head, with a known prediction in place of its network if one is given."""
+    torch.manual_seed(seed)
+    head = DiffusionHead(FEATURES, ACTIONS, CHUNK, STATE, **{"denoiser": UNET} | options)
+    if function is not None:
+        head.denoiser = Known(function)
+    return head
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def observe(batch_size=3):
+    return {
+        "features": torch.randn(batch_size, 5, FEATURES, generator=seeded(1)),
+        "feature_mask": torch.ones(batch_size, 5, dtype=torch.bool),
+        "state": torch.randn(batch_size, STATE, generator=seeded(2)),
+    }
+
+
+def chunks(batch_size=3):
+    """Actions in [-0.8, 0.8], all of them real."""
+    actions = torch.rand(batch_size, CHUNK, ACTIONS, generator=seeded(3)) * 1.6 - 0.8
+    return {"actions": actions, "action_mask": torch.ones(batch_size, CHUNK, dtype=torch.bool)}
+
+
+def predictor(prediction_type, actions):
+    """The ideal predictions where these actions are the only data, from `x = signal * actions + spread * noise`."""
+
+    def function(x, time):
+        signal, spread = ALPHAS[time.long()].sqrt(), (1 - ALPHAS[time.long()]).sqrt()
+        noise = (x - signal * actions) / spread
+        return {"epsilon": noise, "sample": actions, "v_prediction": signal * noise - spread * actions}[
+            prediction_type
+        ]
+
+    return function
+
+
+def test_published_loss_and_gradients(published):
+    head, outputs, inputs = published.head, published.outputs, published.inputs
+    batch = {key: tensor.clone().requires_grad_(tensor.is_floating_point()) for key, tensor in published.batch.items()}
+    head.zero_grad()
+    drawn = {"noise": inputs["noise"][0], "timesteps": inputs["train_timesteps"]}
+    loss = head.loss(**batch, **published.chunk, **drawn)
+    assert loss.mean().item() == pytest.approx(outputs["loss"].item(), abs=4e-5)
+    loss.mean().backward()
+    for key, name in (("features", "grad_hidden_states"), ("state", "grad_states")):
+        scale = outputs[name].abs().max().item()
+        torch.testing.assert_close(batch[key].grad, outputs[name], rtol=0, atol=1e-4 * scale)
+    names = {"norm_after_pool": "condition_encoder.norm", "combine": "condition_encoder.combine"}
+    for name, norm in zip(published.param_names, outputs["grad_norm_per_param"].tolist(), strict=True):
+        module, _, rest = name.partition(".")
+        gradient = head.get_parameter(f"{names.get(module, f'denoiser.{module}')}.{rest}").grad
+        assert gradient.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6), name
+
+
+def test_published_padded_actions_enter_the_noised_chunk_and_ours_do_not(published, monkeypatch):
+    head, inputs, mask = published.head, published.inputs, published.chunk["action_mask"]
+    drawn = {"noise": inputs["noise"][0], "timesteps": inputs["train_timesteps"]}
+    seen = []
+    monkeypatch.setattr(head, "denoise", lambda sample, context: seen.append(sample) or sample)
+    head.loss(**published.batch, **published.chunk, **drawn)
+    monkeypatch.setattr(head, "reduction", "masked")
+    head.loss(**published.batch, **published.chunk, **drawn)
+    noised = published.outputs["noisy_actions"]
+    torch.testing.assert_close(seen[0], noised, rtol=0, atol=1e-6)
+    torch.testing.assert_close(seen[1][mask], noised[mask], rtol=0, atol=1e-6)
+    assert (~mask).any() and (seen[1] - noised)[~mask].abs().max() > 0.1
+
+
+def test_published_ddim_step_by_step(published, monkeypatch):
+    head, outputs = published.head, published.outputs
+    samples, predictions, predict = [], [], head.predict
+
+    def spy(sample, context):
+        samples.append(sample)
+        predictions.append(predict(sample, context))
+        return predictions[-1]
+
+    monkeypatch.setattr(head, "predict", spy)
+    final = head.sample(**published.batch, noise=published.inputs["init_noise"])
+    assert outputs["ddim_timesteps"].tolist() == list(range(90, -1, -10))
+    after = torch.stack([*samples[1:], final])
+    torch.testing.assert_close(torch.stack(predictions), outputs["ddim_eps"], rtol=0, atol=7e-4)
+    torch.testing.assert_close(after, outputs["ddim_samples"], rtol=0, atol=7e-4)
+    torch.testing.assert_close(final, outputs["ddim_final"], rtol=0, atol=7e-4)
+    alphas = ALPHAS[outputs["ddim_timesteps"]][:, None, None, None]
+    clean = (torch.stack(samples) - (1 - alphas).sqrt() * torch.stack(predictions)) / alphas.sqrt()
+    torch.testing.assert_close(clean.clamp(-1, 1), outputs["ddim_pred_x0"], rtol=0, atol=7e-4)
+
+
+def test_the_default_schedule_is_the_published_one(goldens):
+    tables = load_file(goldens / "unet1d" / "scheduler_and_timestep_tables.safetensors")
+    head = build()
+    scheduler = head.build_scheduler()
+    assert torch.equal(scheduler.timesteps, tables["timesteps_10"])
+    torch.testing.assert_close(head.alphas_cumprod, tables["alphas_cumprod"], rtol=0, atol=1e-7)
+    torch.testing.assert_close(scheduler.betas, tables["betas"], rtol=0, atol=1e-7)
+    assert scheduler.final_alpha_cumprod == tables["final_alpha_cumprod"] == 1.0
+
+
+@pytest.mark.parametrize("steps", [5, 16])
+def test_published_steps_from_given_predictions(steps, goldens):
+    """16 do not divide 100: the recorded times tell how they are spaced."""
+    recorded = load_file(goldens / "unet1d" / "ddim_steps_fixed_eps.safetensors")
+    predictions, init, expected, times = (
+        recorded[f"n{steps}_{key}"] for key in ("eps", "init", "samples", "timesteps")
+    )
+    batch_size, length, dim = init.shape
+    given = iter(predictions)
+    head = DiffusionHead(FEATURES, dim, length, STATE, denoiser=UNET)
+    head.denoiser = Known(lambda x, time: next(given))
+    final = head.sample(**observe(batch_size), noise=init, num_inference_steps=steps)
+    assert torch.equal(torch.cat(head.denoiser.times), times)
+    samples = torch.stack([*head.denoiser.samples[1:], final])
+    torch.testing.assert_close(samples, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize(
+    ("scheduler", "steps"), [(SCHEDULER, 1), (SCHEDULER, 10), (SCHEDULER, 100), (DDPM, 100), (DPM, 10), (DPM, 25)]
+)
+def test_a_single_known_chunk_is_reached_exactly(scheduler, steps, prediction_type):
+    actions = chunks()["actions"]
+    options = {"scheduler": scheduler | {"prediction_type": prediction_type}, "num_inference_steps": steps}
+    head = build(predictor(prediction_type, actions), **options)
+    for seed in (0, 1):
+        torch.testing.assert_close(head.sample(**observe(), generator=seeded(seed)), actions, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_ideal_prediction_costs_nothing_and_no_other_does(prediction_type):
+    scheduler = SCHEDULER | {"prediction_type": prediction_type}
+    ideal = predictor(prediction_type, chunks()["actions"])
+    for time in (1, 50, 99):
+        drawn = {"timesteps": torch.full((3,), time), "generator": seeded(time)}
+        cost = build(ideal, scheduler=scheduler).loss(**observe(), **chunks(), **drawn)
+        assert cost.max() < 1e-8
+        off = build(lambda x, t: ideal(x, t) + 0.5, scheduler=scheduler).loss(**observe(), **chunks(), **drawn)
+        torch.testing.assert_close(off, torch.full((3,), 0.25), rtol=0, atol=1e-3)
+
+
+def gaussian(mean, std):
+    """Expectation of the noise, given the noised chunk, where the data are N(mean, std^2)."""
+
+    def function(x, time):
+        alpha = ALPHAS[time.long()]
+        return (1 - alpha).sqrt() * (x - alpha.sqrt() * mean) / (alpha * std**2 + 1 - alpha)
+
+    return function
+
+
+def test_ddpm_draws_from_a_gaussian():
+    """65,536 numbers: sampling error 0.0012 of the mean, 0.0008 of the deviation; the rest is that of 100 steps."""
+    scheduler = DDPM | {"clip_sample": False, "variance_type": "fixed_large"}
+    head = build(gaussian(0.2, 0.3), scheduler=scheduler, num_inference_steps=100)
+    sample = head.sample(**observe(8192), generator=seeded())
+    assert sample.mean().item() == pytest.approx(0.2, abs=0.01)
+    assert sample.std().item() == pytest.approx(0.3, abs=0.01)
+    columns = sample.flatten(1)
+    correlation = torch.corrcoef(columns.T) - torch.eye(columns.shape[1])
+    assert correlation.abs().max() < 0.06  # entries are drawn independently: 1 / sqrt(8192) is 0.011
+
+
+@pytest.mark.parametrize(("scheduler", "steps", "tolerance"), [(SCHEDULER, 100, 0.02), (DPM, 25, 0.02)])
+def test_deterministic_samplers_carry_noise_to_the_gaussian(scheduler, steps, tolerance):
+    """The flow of the probabilities moves each quantile: from z of N(0, 1) to mean + std * z."""
+    options = {"scheduler": scheduler | {"clip_sample": False}} if scheduler is SCHEDULER else {"scheduler": scheduler}
+    head = build(gaussian(0.2, 0.3), num_inference_steps=steps, **options)
+    noise = torch.linspace(-2, 2, 3 * CHUNK * ACTIONS).reshape(3, CHUNK, ACTIONS)
+    sample = head.sample(**observe(), noise=noise)
+    torch.testing.assert_close(sample, 0.2 + 0.3 * noise, rtol=0, atol=tolerance)
+
+
+def test_training_times_are_uniform():
+    head = build(lambda x, time: x)
+    head.loss(**observe(5000), **chunks(5000), generator=seeded())
+    counts = torch.bincount(head.denoiser.times[0], minlength=100)
+    assert len(counts) == 100 and counts.min() > 20 and counts.max() < 90  # 50 expected, deviation 7
+
+
+def test_all_randomness_comes_from_the_generator():
+    head = build(scheduler=DDPM, condition_dropout=0.5).train()
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    for draw in (lambda seed: head.sample(**observe(), generator=seeded(seed)), lambda seed: loss(head, seed)):
+        assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+    noise = torch.randn(3, CHUNK, ACTIONS, generator=seeded())
+    one, two = (head.sample(**observe(), noise=noise, generator=seeded(seed)) for seed in (0, 1))
+    assert not torch.equal(one, two)  # DDPM adds noise on its way, too
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def loss(head, seed=0):
+    return head.loss(**observe(), **chunks(), generator=seeded(seed))
+
+
+def test_bfloat16_weights_leave_the_schedule_alone_and_samples_near():
+    """The published `add_noise` casts its table to the network's precision in place; samples are NaN from then on."""
+    head, inputs = build(), observe()
+    expected = head.sample(**inputs, generator=seeded())
+    head.to(torch.bfloat16)
+    inputs["features"] = inputs["features"].to(torch.bfloat16)
+    for _ in range(2):
+        sample = head.sample(**inputs, generator=seeded())
+        assert sample.dtype == torch.float32 and (sample - expected).abs().max() < 0.1
+        value = head.loss(**inputs, **chunks(), generator=seeded())
+        value.sum().backward()
+        assert value.dtype == torch.float32 and torch.isfinite(value).all()
+    assert head.alphas_cumprod.dtype == torch.float32 and torch.equal(head.alphas_cumprod, ALPHAS)
+
+
+@pytest.mark.parametrize("scheduler", [SCHEDULER, DDPM, DPM])
+def test_a_head_built_as_bfloat16_on_the_meta_device_has_its_whole_schedule(scheduler):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            head = build(scheduler=scheduler)
+            assert torch.equal(head.alphas_cumprod, ALPHAS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    head = head.to_empty(device="cpu").float()
+    head.load_state_dict(build().state_dict())
+    assert torch.isfinite(head.sample(**observe())).all()
+
+
+def test_autocast_needs_no_other_code():
+    head, inputs = build(), observe()
+    expected = head.sample(**inputs, generator=seeded())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, sample = loss(head), head.sample(**inputs, generator=seeded())
+    value.sum().backward()
+    assert value.dtype == sample.dtype == torch.float32 and (sample - expected).abs().max() < 0.1
+
+
+def test_samplings_share_no_state():
+    """DPM-Solver++ keeps its last predictions: two samplings at a time would mix them."""
+    head, inputs = build(scheduler=DPM), observe()
+    noises = torch.randn(8, 3, CHUNK, ACTIONS, generator=seeded())
+    expected = [head.sample(**inputs, noise=noise) for noise in noises]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda noise: head.sample(**inputs, noise=noise), noises))
+    assert all(torch.equal(one, other) for one, other in zip(expected, together, strict=True))
+
+
+def test_the_network_is_called_once_a_step_and_the_condition_is_read_once():
+    def flops(feature_dim, steps):
+        torch.manual_seed(0)
+        head = DiffusionHead(feature_dim, ACTIONS, CHUNK, STATE, denoiser=UNET)
+        features, mask = torch.randn(1, 5, feature_dim), torch.ones(1, 5, dtype=torch.bool)
+        with FlopCounterMode(display=False) as counter:
+            head.sample(features, mask, torch.zeros(1, STATE), num_inference_steps=steps)
+        return counter.get_total_flops()
+
+    assert flops(16, 10) > 5 * flops(16, 1)
+    assert flops(512, 10) - flops(16, 10) == flops(512, 1) - flops(16, 1) > 0
+
+
+def test_guidance_moves_away_from_the_null_prediction():
+    """One step of DDIM that predicts the sample: what comes out is the guided prediction itself."""
+    scheduler = SCHEDULER | {"prediction_type": "sample", "clip_sample": False}
+    options = {"scheduler": scheduler, "condition_dropout": 0.1, "num_inference_steps": 1}
+    noise = torch.randn(3, CHUNK, ACTIONS, generator=seeded())
+    plain, guided = build(**options), build(guidance_scale=3.0, **options)
+    null = build(**options)
+    for head in (plain, guided, null):
+        torch.nn.init.normal_(head.null_condition, generator=seeded(5))
+    null.condition_encoder.forward = lambda *inputs: null.without(
+        plain.condition_encoder(*inputs), torch.ones(3, dtype=torch.bool)
+    )
+    with_condition, with_null = (head.sample(**observe(), noise=noise) for head in (plain, null))
+    assert (with_condition - with_null).abs().max() > 1e-4
+    expected = with_null + 3 * (with_condition - with_null)
+    torch.testing.assert_close(guided.sample(**observe(), noise=noise), expected, rtol=0, atol=1e-6)
+
+
+def test_a_scheduler_may_be_given_as_diffusers_saves_it():
+    saved = json.loads(diffusers.DDIMScheduler(**COSINE, prediction_type="sample").to_json_string())
+    head = build(scheduler=saved)
+    assert saved["_class_name"] == "DDIMScheduler" and head.prediction_type == "sample"
+    assert build(scheduler=DPM).build_scheduler().config.num_train_timesteps == 100
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        ({"_class_name": "DDMIScheduler"}, "_class_name of a diffusers scheduler.*came 'DDMIScheduler'"),
+        ({"_class_name": "AutoModel"}, "_class_name of a diffusers scheduler.*came 'AutoModel'"),
+        ({"num_train_timesteps": 100}, "_class_name of a diffusers scheduler.*came None"),
+        (SCHEDULER | {"clip_smaple": True}, "options of DDIMScheduler, .*'clip_smaple'"),
+        (SCHEDULER | {"beta_schedule": "cosine"}, "options of DDIMScheduler, .*cosine is not implemented"),
+        (SCHEDULER | {"prediction_type": "noise"}, r"prediction_type in \('epsilon', .*DDIMScheduler with 'noise'"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "a diffusion scheduler .*FlowMatch.* with None"),
+        (SCHEDULER | {"timestep_spacing": "wide"}, "wide is not supported"),
+        (SCHEDULER | {"num_train_timesteps": 9}, "at most num_train_timesteps = 9 denoising steps, came 10"),
+    ],
+)
+def test_schedulers_without_a_meaning_raise_when_the_head_is_built(scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        build(scheduler=scheduler)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 101])
+def test_other_numbers_of_steps_raise(steps):
+    with pytest.raises(ValueError, match=f"Expected .*came {steps}"):
+        build().sample(**observe(), num_inference_steps=steps)
+
+
+def test_importing_the_head_does_not_import_diffusers():
+    code = "import sys, hf_vla.actions.heads.diffusion; sys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
