@@ -201,3 +201,51 @@ def test_values_that_are_not_finite_are_refused(chunk):
         codec.encode(chunk)
     with pytest.raises(ValueError, match="Expected finite normalized actions, came nan at row 21, dimension 3"):
         codec.decode(chunk)
+
+
+STATEFUL = CONFIG | {"state_normalization": {"mode": "mean_std", "convention": "tinyvla"}}
+STATE = {"mean": [0.5, -1.0], "std": [2.0, 0.001]}
+
+
+def test_states_have_their_own_normalization_and_statistics():
+    codec = ActionCodec({"bridge": BRIDGE | {"state": STATE}}, json.loads(json.dumps(STATEFUL)))
+    assert codec.takes_state and not ActionCodec({"bridge": BRIDGE}, CONFIG).takes_state
+    states = np.array([[[0.5, -1.0], [4.5, -0.9]]])
+    encoded = codec.encode_state(states)
+    assert encoded.dtype == np.float32
+    np.testing.assert_allclose(encoded, [[[0.0, 0.0], [2.0, 10.0]]], atol=1e-6)
+    assert codec.state_normalizer("bridge").convention == "tinyvla"
+    assert codec.normalizer("bridge").convention == "spatialvla" and codec.normalizer().action_dim == D
+
+
+@pytest.mark.parametrize(
+    ("statistics", "config", "state", "message"),
+    [
+        (BRIDGE, CONFIG, [0.0], "This checkpoint takes no state: its action_config has no 'state_normalization'"),
+        (BRIDGE, STATEFUL, [0.0, 0.0], r"Statistics of 'bridge' have no 'state', only \['action'\]"),
+        (
+            BRIDGE | {"state": {"mean": [0.0]}},
+            STATEFUL,
+            [0.0],
+            "State statistics of 'bridge': .* needs the statistics",
+        ),
+        (BRIDGE | {"state": STATE}, STATEFUL, [0.0] * 3, r"Expected states of shape \(..., 2\), came \(3,\)"),
+        (BRIDGE | {"state": STATE}, STATEFUL, 0.0, r"Expected states of shape \(..., 2\), came \(\)"),
+        (BRIDGE | {"state": STATE}, STATEFUL, [0.0, np.inf], "Expected finite states, came inf at row 0, dimension 1"),
+        (
+            BRIDGE | {"state": STATE},
+            STATEFUL | {"specs": {"bridge": {"state": StateSpec(("x", "y", "z")).to_dict()}}},
+            [0.0, 0.0],
+            "State statistics of 'bridge' have 2 dimensions, the state spec has 3",
+        ),
+        (
+            BRIDGE | {"state": STATE},
+            CONFIG | {"state_normalization": {"modes": "mean_std"}},
+            [0.0, 0.0],
+            r"Unknown keys \['modes'\] in action_config\['state_normalization'\]",
+        ),
+    ],
+)
+def test_states_that_cannot_be_normalised(statistics, config, state, message):
+    with pytest.raises(ValueError, match=message):
+        ActionCodec({"bridge": statistics}, config).encode_state(state)

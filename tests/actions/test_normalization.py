@@ -87,6 +87,21 @@ def test_published_spatialvla_formula():
     np.testing.assert_allclose(normalizer.unnormalize(predicted), wanted, rtol=0, atol=1e-12)
 
 
+def test_published_tinyvla_formulas():
+    """Recorded ones are in tests/models/tinyvla/test_processing.py."""
+    statistics = {"min": [-0.5, 0.0], "max": [0.5, 3.0], "mean": [0.1, 2.0], "std": [0.2, 0.001]}
+    values = np.random.default_rng(4).uniform(-2, 5, size=(6, 4, 2))
+    low, high = np.array([-0.5001, -0.0001]), np.array([0.5001, 3.0001])
+    actions = ActionNormalizer(statistics, "min_max", convention="tinyvla")
+    wanted = (values - low) / (high - low) * 2 - 1
+    np.testing.assert_allclose(actions.normalize(values), wanted, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(actions.unnormalize(wanted), values, rtol=0, atol=1e-12)
+    states = ActionNormalizer(statistics, "mean_std", convention="tinyvla")
+    wanted = (values - [0.1, 2.0]) / [0.2, 0.01]
+    np.testing.assert_allclose(states.normalize(values), wanted, rtol=1e-12, atol=1e-9)
+    np.testing.assert_allclose(states.unnormalize(wanted), values, rtol=0, atol=1e-12)
+
+
 def test_a_missing_mask_is_all_true():
     statistics = {name: PUBLISHED[name] for name in ("q01", "q99")}
     assert ActionNormalizer(statistics).mask.all()
@@ -94,7 +109,7 @@ def test_a_missing_mask_is_all_true():
     np.testing.assert_array_equal(ActionNormalizer(PUBLISHED, mask=[False] * 4).normalize([9.0, 9, 9, 9]), [9.0] * 4)
 
 
-@pytest.mark.parametrize("convention", ["spatialvla", "lerobot"])
+@pytest.mark.parametrize("convention", ["spatialvla", "lerobot", "tinyvla"])
 @pytest.mark.parametrize("mode", sorted(MODES))
 def test_round_trip(rows, statistics, mode, convention):
     normalizer = ActionNormalizer(statistics, mode, clip=False, convention=convention)
@@ -126,7 +141,7 @@ def test_clipping_follows_the_convention_unless_told(rows, statistics):
     assert np.abs(ActionNormalizer(statistics, "mean_std").normalize(rows)).max() > 2  # z-scores have no interval
 
 
-@pytest.mark.parametrize("convention", ["spatialvla", "lerobot"])
+@pytest.mark.parametrize("convention", ["spatialvla", "lerobot", "tinyvla"])
 @pytest.mark.parametrize("mode", sorted(set(MODES) - {"identity"}))
 def test_constant_dimensions_never_spike(mode, convention, caplog):
     rows = np.random.default_rng(3).normal(size=(1000, 3))
@@ -141,7 +156,7 @@ def test_constant_dimensions_never_spike(mode, convention, caplog):
             normalizer = ActionNormalizer(moved, mode, convention=convention)
         assert "Action dimensions [1] are constant in these statistics" in caplog.text
         np.testing.assert_array_equal(normalizer.constant, [False, True, False])
-        centred = convention == "spatialvla" or mode in ("mean_std", "zero_one")
+        centred = convention != "lerobot" or mode in ("mean_std", "zero_one")
         outliers = np.array([[0.0, 0.3, 0.0], [0.0, 0.3 + 1e-7, 0.0], [0.0, 77.0, 0.0]])
         np.testing.assert_array_equal(normalizer.normalize(outliers)[:, 1], 0.0 if centred else -1.0)
         np.testing.assert_allclose(normalizer.unnormalize(outliers)[:, 1], 0.3, atol=1e-9)
@@ -188,7 +203,7 @@ def test_lerobot_v21_files_need_another_mode(goldens):
 @pytest.mark.parametrize(
     ("statistics", "kwargs", "message"),
     [
-        (PUBLISHED, {"convention": "openvla"}, r"among \['spatialvla', 'lerobot'\], came 'openvla'"),
+        (PUBLISHED, {"convention": "openvla"}, r"among \['spatialvla', 'lerobot', 'tinyvla'\], came 'openvla'"),
         (PUBLISHED, {"mode": "quantiles"}, r"Unknown normalization modes \['quantiles'\]; known are"),
         (PUBLISHED, {"mode": ["quantile"] * 3}, "one normalization mode for each of 4 dimensions, came 3"),
         (PUBLISHED, {"mask": [True]}, r"Expected 'mask' for 4 dimensions, came shape \(1,\)"),

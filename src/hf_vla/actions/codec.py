@@ -8,23 +8,25 @@ from numpy.typing import ArrayLike
 
 from hf_vla.actions.normalization import ActionNormalizer
 from hf_vla.actions.spec import ActionSpec, StateSpec, whole_number
+from hf_vla.actions.statistics import check_finite
 from hf_vla.actions.tokenizers.registry import build_action_tokenizer
 
-CONFIG_KEYS = ("chunk_size", "normalization", "tokenizer", "specs")
+CONFIG_KEYS = ("chunk_size", "normalization", "state_normalization", "tokenizer", "specs")
 NORMALIZATION_KEYS = ("mode", "clip", "convention")
 SPEC_KEYS = ("action", "state")
 
 
 class ActionCodec:
-    """Everything a checkpoint knows about actions, derived from two JSON dictionaries of its processor.
+    """Everything a checkpoint knows about actions and states, derived from two JSON dictionaries of its processor.
 
     Args:
-        statistics (`dict`, *optional*): `{unnorm_key: {"action": {"q01": [...], "q99": [...], "mask"?, ...}, ...}}`.
-            A missing mask is all True.
+        statistics (`dict`, *optional*): `{unnorm_key: {"action": {"q01": [...], "q99": [...], "mask"?, ...},
+            "state": {...}, ...}}`. A missing mask is all True.
         action_config (`dict`, *optional*): `{"chunk_size": int, "normalization": {"mode", "clip", "convention"},
-            "tokenizer": {"type": ..., ...} | None, "specs": {unnorm_key: {"action": dict | None,
-            "state": dict | None}}}`. Without normalization: SpatialVLA's (quantile, clipped). None: a processor that
-            has no actions yet; every method below but `keys` raises.
+            "state_normalization": {"mode", "clip", "convention"} | None, "tokenizer": {"type": ..., ...} | None,
+            "specs": {unnorm_key: {"action": dict | None, "state": dict | None}}}`. Without normalization: SpatialVLA's
+            (quantile, clipped). Without state_normalization: the checkpoint takes no state. None: a processor that has
+            no actions yet; every method below but `keys` raises.
 
     Raises:
         ValueError: an unknown key, an invalid value, or specs of a dataset that has no statistics.
@@ -37,12 +39,17 @@ class ActionCodec:
         self.chunk_size = config.get("chunk_size")
         if action_config is not None:
             self.chunk_size = whole_number(self.chunk_size, "action_config['chunk_size']")
-        self._normalization = config.get("normalization") or {}
-        _require_known(self._normalization, NORMALIZATION_KEYS, "action_config['normalization']")
+        self._normalization = {
+            "action": config.get("normalization") or {},
+            "state": config.get("state_normalization") or {},
+        }
+        for name, what in (("normalization", "action"), ("state_normalization", "state")):
+            _require_known(self._normalization[what], NORMALIZATION_KEYS, f"action_config[{name!r}]")
+        self.takes_state = config.get("state_normalization") is not None
         tokenizer = config.get("tokenizer")
         self.tokenizer = None if tokenizer is None else build_action_tokenizer(tokenizer)
         self._specs = {key: self._parse_specs(key, specs) for key, specs in (config.get("specs") or {}).items()}
-        self._normalizers: dict[str, ActionNormalizer] = {}
+        self._normalizers: dict[tuple[str, str], ActionNormalizer] = {}
 
     @property
     def keys(self) -> list[str]:
@@ -71,15 +78,22 @@ class ActionCodec:
         return unnorm_key
 
     def normalizer(self, unnorm_key: str | None = None) -> ActionNormalizer:
-        """Return the `ActionNormalizer` of a dataset.
+        """Return the `ActionNormalizer` of a dataset's actions.
 
         Raises:
             ValueError: see `resolve_key`; or the statistics do not fit the modes, the tokenizer or the spec.
         """
-        key = self.resolve_key(unnorm_key)
-        if key not in self._normalizers:
-            self._normalizers[key] = self._build_normalizer(key)
-        return self._normalizers[key]
+        return self._normalizer(unnorm_key, "action")
+
+    def state_normalizer(self, unnorm_key: str | None = None) -> ActionNormalizer:
+        """Return the `ActionNormalizer` of a dataset's states.
+
+        Raises:
+            ValueError: see `normalizer`; or the checkpoint takes no state.
+        """
+        if not self.takes_state:
+            raise ValueError("This checkpoint takes no state: its action_config has no 'state_normalization'.")
+        return self._normalizer(unnorm_key, "state")
 
     def encode(self, actions: ArrayLike, unnorm_key: str | None = None) -> np.ndarray:
         """Turn actions into what the model is trained on.
@@ -119,6 +133,25 @@ class ActionCodec:
         normalized = self._checked(prediction, normalizer, "predicted actions")
         return normalizer.unnormalize(normalized).astype(np.float32)
 
+    def encode_state(self, state: ArrayLike, unnorm_key: str | None = None) -> np.ndarray:
+        """Normalise a robot's state.
+
+        Args:
+            state (`np.ndarray` of shape `(..., state_dim)`): robot units.
+            unnorm_key (`str`, *optional*): see `resolve_key`.
+
+        Returns:
+            `np.ndarray` of the same shape: float32.
+
+        Raises:
+            ValueError: the shape does not fit, a value is NaN or infinite, or see `state_normalizer`.
+        """
+        normalizer, state = self.state_normalizer(unnorm_key), np.asarray(state)
+        if state.ndim == 0 or state.shape[-1] != normalizer.action_dim:
+            raise ValueError(f"Expected states of shape (..., {normalizer.action_dim}), came {state.shape}.")
+        check_finite(state, "states")
+        return normalizer.normalize(state).astype(np.float32)
+
     def specs(self, unnorm_key: str | None = None) -> tuple[ActionSpec | None, StateSpec | None]:
         """Return a dataset's `(ActionSpec | None, StateSpec | None)`; None where nothing was declared."""
         return self._specs.get(self.resolve_key(unnorm_key), (None, None))
@@ -129,24 +162,29 @@ class ActionCodec:
         parsers = {"action": ActionSpec.from_dict, "state": StateSpec.from_dict}
         return tuple(None if specs.get(name) is None else parse(specs[name]) for name, parse in parsers.items())
 
-    def _build_normalizer(self, key):
+    def _normalizer(self, unnorm_key, what):
+        key = self.resolve_key(unnorm_key)
+        if (key, what) not in self._normalizers:
+            self._normalizers[key, what] = self._build_normalizer(key, what)
+        return self._normalizers[key, what]
+
+    def _build_normalizer(self, key, what):
         if self.chunk_size is None:
             raise ValueError("This processor has no action_config; give it one with its 'chunk_size'.")
-        if "action" not in self.statistics[key]:
-            raise ValueError(f"Statistics of {key!r} have no 'action', only {sorted(self.statistics[key])}.")
+        if what not in self.statistics[key]:
+            raise ValueError(f"Statistics of {key!r} have no {what!r}, only {sorted(self.statistics[key])}.")
+        name = f"{what.capitalize()} statistics of {key!r}"
         try:
-            normalizer = ActionNormalizer(self.statistics[key]["action"], **self._normalization)
+            normalizer = ActionNormalizer(self.statistics[key][what], **self._normalization[what])
         except ValueError as error:
-            raise ValueError(f"Action statistics of {key!r}: {error}") from error
-        action_spec, _ = self.specs(key)
-        for what, action_dim in (
-            ("the action tokenizer", self.tokenizer and self.tokenizer.action_dim),
-            ("the action spec", action_spec and len(action_spec.names)),
-        ):
-            if action_dim is not None and action_dim != normalizer.action_dim:
-                raise ValueError(
-                    f"Action statistics of {key!r} have {normalizer.action_dim} dimensions, {what} has {action_dim}."
-                )
+            raise ValueError(f"{name}: {error}") from error
+        spec = dict(zip(SPEC_KEYS, self.specs(key), strict=True))[what]
+        sizes = {f"the {what} spec": None if spec is None else len(spec.names)}
+        if what == "action" and self.tokenizer is not None:
+            sizes["the action tokenizer"] = self.tokenizer.action_dim
+        for other, size in sizes.items():
+            if size is not None and size != normalizer.action_dim:
+                raise ValueError(f"{name} have {normalizer.action_dim} dimensions, {other} has {size}.")
         return normalizer
 
     def _checked(self, actions, normalizer, what):

@@ -1,4 +1,4 @@
-"""Robot units <-> normalised values, per dimension, in SpatialVLA's and in LeRobot's convention."""
+"""Robot units <-> normalised values, per dimension, in the conventions of SpatialVLA, LeRobot and TinyVLA."""
 
 import logging
 from typing import Any
@@ -19,7 +19,9 @@ MODES: dict[str, tuple[tuple[str, ...], tuple[float, float] | None]] = {
     "mean_std": (("mean", "std"), None),
     "identity": ((), None),
 }
-CONVENTIONS = ("spatialvla", "lerobot")
+CONVENTIONS = ("spatialvla", "lerobot", "tinyvla")
+TINYVLA_MARGIN = 1e-4  # by which TinyVLA widens min..max on both sides, robot units
+TINYVLA_LEAST_STD = 1e-2
 
 
 class ActionNormalizer:
@@ -32,10 +34,13 @@ class ActionNormalizer:
     - `"spatialvla"`: divides by (high - low + 1e-8) and clips to the interval; constant dimensions become 0.
     - `"lerobot"`: no 1e-8 (but in `mean_std`), no clipping, statistics rounded to float32 as LeRobot holds them;
       constant dimensions become -1 (`mean_std`: 0), which is what LeRobot gives where they hold their constant.
+    - `"tinyvla"`: no 1e-8, no clipping; `min_max` maps min - 1e-4..max + 1e-4, `mean_std` takes a std of 0.01 at
+      least, both in the inverse, too; constant dimensions become 0.
 
-    The inverse uses the plain range and never clips. A dimension is constant where the mode's range, or min..max where
-    known, is empty (see `hf_vla.actions.statistics.is_constant`): it is logged, every value normalises to the one
-    number above and every prediction decodes to the constant, so that nothing is divided by nearly zero.
+    The inverse uses the plain range, without the 1e-8, and never clips. A dimension is constant where the mode's
+    range, or min..max where known, is empty (see `hf_vla.actions.statistics.is_constant`): it is logged, every value
+    normalises to the one number above and every prediction decodes to the constant, so that nothing is divided by
+    nearly zero.
 
     Args:
         statistics (`dict`): arrays or lists of D numbers in LeRobot's names, see `ActionStatistics.to_dict`; only
@@ -43,12 +48,12 @@ class ActionNormalizer:
         mode (`str` or `list[str]`): one for all dimensions or one each.
         mask (`list[bool]`, *optional*): False leaves a dimension unchanged. Default: the statistics' mask or all True.
         clip (`bool`, *optional*): clip normalised values to the mode's interval. Default: the convention's.
-        convention (`str`): `"spatialvla"` or `"lerobot"`.
+        convention (`str`): `"spatialvla"`, `"lerobot"` or `"tinyvla"`.
 
     Raises:
         ValueError: a statistic is missing, not finite, of another length or upside down, or an argument is unknown.
 
-    Source: SpatialVLA's processor, LeRobot 0.4.4's normaliser (both recorded in the tests).
+    Source: SpatialVLA's processor, LeRobot 0.4.4's normaliser, TinyVLA's dataset (all recorded in the tests).
     """
 
     def __init__(
@@ -130,7 +135,14 @@ class ActionNormalizer:
         constant = is_constant(low, low + span)
         if statistics.get("min") is not None and statistics.get("max") is not None:
             constant |= is_constant(*self._read(mode, ("min", "max"), dimensions, statistics))
-        with_epsilon = mode == "mean_std" or (self.convention == "spatialvla" and mode != "zero_one")
+        if self.convention == "tinyvla" and mode == "min_max":
+            margin = np.where(constant, 0.0, TINYVLA_MARGIN)
+            low, span = low - margin, span + 2 * margin
+        elif self.convention == "tinyvla" and mode == "mean_std":
+            span = np.maximum(span, TINYVLA_LEAST_STD)
+        with_epsilon = self.convention != "tinyvla" and (
+            mode == "mean_std" or (self.convention == "spatialvla" and mode != "zero_one")
+        )
         scale = np.where(constant, 0.0, width / np.where(constant, 1.0, span + EPSILON * with_epsilon))
         constant_value = start if self.convention == "lerobot" else 0.0
         self.constant[dimensions] = constant
