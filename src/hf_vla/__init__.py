@@ -17,11 +17,17 @@ if TYPE_CHECKING:
     from hf_vla.actions.spec import StateSpec as StateSpec
     from hf_vla.data.lerobot import LeRobotEpisodes as LeRobotEpisodes
     from hf_vla.models.outputs import VLAOutput as VLAOutput
+    from hf_vla.models.pi0_vla.configuration_pi0_vla import PI0VLAConfig as PI0VLAConfig
+    from hf_vla.models.pi0_vla.modeling_pi0_vla import PI0VLAForActionPrediction as PI0VLAForActionPrediction
+    from hf_vla.models.pi0_vla.processing_pi0_vla import PI0VLAProcessor as PI0VLAProcessor
     from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig as SpatialVLAConfig
     from hf_vla.models.spatialvla.modeling_spatialvla import (
         SpatialVLAForConditionalGeneration as SpatialVLAForConditionalGeneration,
     )
     from hf_vla.models.spatialvla.processing_spatialvla import SpatialVLAProcessor as SpatialVLAProcessor
+    from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig as TinyVLAConfig
+    from hf_vla.models.tinyvla.modeling_tinyvla import TinyVLAForActionPrediction as TinyVLAForActionPrediction
+    from hf_vla.models.tinyvla.processing_tinyvla import TinyVLAProcessor as TinyVLAProcessor
     from hf_vla.policy import Policy as Policy
 
 __version__ = "0.1.0"
@@ -32,11 +38,17 @@ _MODULES = {
     "CameraSpec": "hf_vla.actions.spec",
     "GripperSpec": "hf_vla.actions.spec",
     "LeRobotEpisodes": "hf_vla.data.lerobot",
+    "PI0VLAConfig": "hf_vla.models.pi0_vla.configuration_pi0_vla",
+    "PI0VLAForActionPrediction": "hf_vla.models.pi0_vla.modeling_pi0_vla",
+    "PI0VLAProcessor": "hf_vla.models.pi0_vla.processing_pi0_vla",
     "Policy": "hf_vla.policy",
     "SpatialVLAConfig": "hf_vla.models.spatialvla.configuration_spatialvla",
     "SpatialVLAForConditionalGeneration": "hf_vla.models.spatialvla.modeling_spatialvla",
     "SpatialVLAProcessor": "hf_vla.models.spatialvla.processing_spatialvla",
     "StateSpec": "hf_vla.actions.spec",
+    "TinyVLAConfig": "hf_vla.models.tinyvla.configuration_tinyvla",
+    "TinyVLAForActionPrediction": "hf_vla.models.tinyvla.modeling_tinyvla",
+    "TinyVLAProcessor": "hf_vla.models.tinyvla.processing_tinyvla",
     "VLAOutput": "hf_vla.models.outputs",
 }
 __all__ = ["__version__", *_MODULES]

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from hf_vla.models.auto import FAMILIES, family_class
 
 PUBLISHED = {"spatialvla": "spatialvla/zoe1_spatial_chunk4/checkpoint"}
+STATISTICS = {"robot": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}}
 REMOTE = {"AutoConfig": "configuration_x.X", "AutoModel": "modeling_x.X", "AutoProcessor": "processing_x.X"}
 
 
@@ -17,8 +18,14 @@ def family(request):
 
 @pytest.fixture
 def checkpoint(family, goldens, tmp_path):
-    """A published checkpoint that, like those on the Hub, also points to Python files of its own."""
-    shutil.copytree(goldens / PUBLISHED[family], tmp_path, dirs_exist_ok=True)
+    """A published or new checkpoint that, like those on the Hub, also points to Python files of its own."""
+    if family in PUBLISHED:
+        shutil.copytree(goldens / PUBLISHED[family], tmp_path, dirs_exist_ok=True)
+    else:
+        config = family_class(family, "configuration").from_preset("tiny")
+        family_class(family, "modeling")(config).save_pretrained(tmp_path)
+        processor = family_class(family, "processing").from_scratch(config, STATISTICS, {"chunk_size": 4}, {})
+        processor.save_pretrained(tmp_path)
     for name in ("config.json", "processor_config.json"):
         content = json.loads((tmp_path / name).read_text())
         (tmp_path / name).write_text(json.dumps(content | {"auto_map": REMOTE}))

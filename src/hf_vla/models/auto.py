@@ -2,21 +2,26 @@
 
 `import hf_vla` imports this file and must stay cheap, so transformers is not imported here. Hooks
 (`wrapt.when_imported`) register the families as soon as somebody imports the Auto classes, at once where that has
-happened already. Two circles are to be avoided, whichever file is imported first:
+happened already. Three circles are to be avoided, whichever file is imported first:
 
 - Our configuration and processing files import transformers, which may import an Auto class while ours are still
   unfinished. So the hook on an Auto class only imports ours, and each of ours is registered when it is finished.
 - transformers imports `AutoModel` in the middle of its own modeling files, which ours need. So models are registered
   as a [`LazyClass`], which the first `from_pretrained` that wants one resolves.
+- A configuration that inherits from one of transformers' imports `AutoModel`, and needs it finished. So nobody imports
+  configurations while `AutoModel` is unfinished, and whichever of the two is finished last registers the model.
 """
 
+import sys
 from importlib import import_module
 
 from wrapt import when_imported
 
 # model_type: (configuration, model, processor), in `hf_vla.models.<model_type>.<kind>_<model_type>`
 FAMILIES = {
+    "pi0_vla": ("PI0VLAConfig", "PI0VLAForActionPrediction", "PI0VLAProcessor"),
     "spatialvla": ("SpatialVLAConfig", "SpatialVLAForConditionalGeneration", "SpatialVLAProcessor"),
+    "tinyvla": ("TinyVLAConfig", "TinyVLAForActionPrediction", "TinyVLAProcessor"),
 }
 KINDS = ("configuration", "modeling", "processing")
 
@@ -49,8 +54,16 @@ class LazyClass(tuple):
         return tuple(self)[index]
 
 
+def _auto_models():
+    """The Auto classes of models; empty where their module is not imported, or not finished."""
+    module = sys.modules.get("transformers.models.auto.modeling_auto")
+    return [getattr(module, name) for name in ("AutoModel", "AutoModelForImageTextToText") if hasattr(module, name)]
+
+
 @when_imported("transformers.models.auto.configuration_auto")
 def _import_configurations(_):
+    if "transformers.models.auto.modeling_auto" in sys.modules and not _auto_models():
+        return  # its own hook, below, comes next
     for model_type in FAMILIES:
         import_module(family_module(model_type, "configuration"))
 
@@ -61,12 +74,18 @@ def _import_processors(_):
         import_module(family_module(model_type, "processing"))
 
 
+def _register_model(model_type):
+    """Do so if both the Auto classes and the configuration are finished; else the unfinished one's hook will."""
+    config_class = getattr(sys.modules[family_module(model_type, "configuration")], FAMILIES[model_type][0], None)
+    for auto_class in _auto_models() if config_class is not None else ():
+        auto_class.register(config_class, LazyClass([(model_type, "modeling")]), exist_ok=True)
+
+
 @when_imported("transformers.models.auto.modeling_auto")
-def _register_models(module):
+def _register_models(_):
     for model_type in FAMILIES:
-        for auto_class in (module.AutoModel, module.AutoModelForImageTextToText):
-            model_class = LazyClass([(model_type, "modeling")])
-            auto_class.register(family_class(model_type, "configuration"), model_class, exist_ok=True)
+        import_module(family_module(model_type, "configuration"))
+        _register_model(model_type)
 
 
 def _register_family(model_type):
@@ -75,6 +94,7 @@ def _register_family(model_type):
         from transformers.models.auto.configuration_auto import AutoConfig
 
         AutoConfig.register(model_type, family_class(model_type, "configuration"), exist_ok=True)
+        _register_model(model_type)
 
     @when_imported(family_module(model_type, "processing"))
     def register_processor(_):

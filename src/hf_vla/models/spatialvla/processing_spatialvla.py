@@ -9,6 +9,15 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from hf_vla.actions.codec import ActionCodec
 from hf_vla.actions.spec import ActionSpec, CameraSpec
 from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer
+from hf_vla.models.batches import (
+    VLAFeatures,
+    as_numpy,
+    check_words,
+    decode_predictions,
+    padded,
+    per_sample,
+    targets,
+)
 from hf_vla.models.byte_tokenizer import byte_tokenizer
 from hf_vla.models.images import to_rgb
 from hf_vla.models.outputs import VLAOutput
@@ -19,17 +28,6 @@ DEFAULT_CAMERA = "default"
 # What every published grid bins; the checkpoints themselves do not say it.
 PUBLISHED_SPEC = ActionSpec(("x", "y", "z", "roll", "pitch", "yaw", "gripper"), "delta_ee", rotation="euler_xyz")
 IGNORED = -100  # label that no loss sees
-
-
-class SpatialVLAFeatures(BatchFeature):
-    """A batch whose camera geometry stays float32 when `.to(dtype)` casts the rest: bfloat16 would shift it."""
-
-    def to(self, *args, **kwargs) -> "SpatialVLAFeatures":
-        """Move to a device, cast to a precision, or both."""
-        geometry = {key: self[key] for key in ("intrinsics", "depth") if key in self}
-        super().to(*args, **kwargs)
-        self.update({key: value.to(self["pixel_values"].device) for key, value in geometry.items()})
-        return self
 
 
 class SpatialVLAProcessor(ProcessorMixin):
@@ -143,16 +141,8 @@ class SpatialVLAProcessor(ProcessorMixin):
         for name, value in (("state", state), ("reasoning", reasoning)):
             if value is not None:
                 raise ValueError(f"SpatialVLA takes no {name}; leave `{name}` out.")
-        if images is None or text is None:
-            raise ValueError(f"Expected `images` and `text`, got no {'images' if images is None else 'text'}.")
-        images = [to_rgb(image) for image in (images if _is_batch(images) else [images])]
-        texts = [text] * len(images) if isinstance(text, str) else list(text)
-        keys = unnorm_key if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * len(images)
-        if not len(texts) == len(keys) == len(images) or not images:
-            raise ValueError(
-                f"Got {len(images)} images, {len(texts)} texts and {len(keys)} unnorm_keys: give one per sample."
-            )
-
+        images, texts, keys = per_sample(images, text, unnorm_key)
+        images = [to_rgb(image) for image in images]
         for key in keys:
             if key is not None and key not in self.cameras:
                 self.action_codec.resolve_key(key)
@@ -169,7 +159,7 @@ class SpatialVLAProcessor(ProcessorMixin):
             data.update(self._padded(prompts, left=True))
         else:
             data.update(self._with_targets(prompts, actions, action_mask, keys))
-        return SpatialVLAFeatures(data, tensor_type=return_tensors)
+        return VLAFeatures(data, tensor_type=return_tensors)
 
     def decode_actions(self, output, unnorm_key=None, clip_ids=False) -> np.ndarray:
         """Turn predicted ids into robot actions.
@@ -198,11 +188,7 @@ class SpatialVLAProcessor(ProcessorMixin):
             if ids.shape[-1] != len(low):
                 raise ValueError(f"Expected {len(low)} action tokens, got {ids.shape[-1]}.")
             ids = np.clip(ids, low, stop - 1)
-        if not isinstance(unnorm_key, (list, tuple)):
-            return self.action_codec.decode(ids, unnorm_key)
-        if len(unnorm_key) != len(ids):
-            raise ValueError(f"Got {len(ids)} predictions and {len(unnorm_key)} unnorm_keys: give one per sample.")
-        return np.stack([self.action_codec.decode(row, key) for row, key in zip(ids, unnorm_key, strict=True)])
+        return decode_predictions(self.action_codec, ids, unnorm_key)
 
     def _token_id(self, token: str) -> int:
         index = self.tokenizer.convert_tokens_to_ids(token)
@@ -212,37 +198,19 @@ class SpatialVLAProcessor(ProcessorMixin):
 
     def _prompt_ids(self, text: str) -> list[int]:
         """`<image>` for every patch, `<bos>`, the instruction, a newline: the same in training and inference."""
-        if not isinstance(text, str):
-            raise ValueError(f"Expected an instruction in words, got {text!r}.")
-        text = text.removeprefix(IMAGE_TOKEN)
+        if isinstance(text, str):
+            text = text.removeprefix(IMAGE_TOKEN)
+        check_words(text, self.tokenizer, self._control_ids)
         num_images = self.image_processor.image_seq_length
         prompt = f"{IMAGE_TOKEN * num_images}{self.tokenizer.bos_token}{text}\n"
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        if control := sorted(self._control_ids.intersection(ids[num_images + 1 :])):
-            tokens = self.tokenizer.convert_ids_to_tokens(control)
-            raise ValueError(f"Expected an instruction in words, got the control tokens {tokens} in it: {text!r}.")
-        return ids
+        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
     def _padded(self, rows: list[list[int]], left: bool) -> dict[str, np.ndarray]:
-        length = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        ids = [[pad] * (length - len(row)) + row if left else row + [pad] * (length - len(row)) for row in rows]
-        real = [[1] * len(row) for row in rows]
-        mask = [[0] * (length - len(row)) + row if left else row + [0] * (length - len(row)) for row in real]
-        return {"input_ids": np.array(ids), "attention_mask": np.array(mask)}
+        mask = padded([[1] * len(row) for row in rows], 0, left)
+        return {"input_ids": padded(rows, self.tokenizer.pad_token_id, left), "attention_mask": mask}
 
     def _with_targets(self, prompts, actions, action_mask, keys) -> dict[str, np.ndarray]:
-        actions = _as_numpy(actions)
-        actions = actions[None] if actions.ndim == 2 else actions
-        mask = np.ones(actions.shape[:2], bool) if action_mask is None else _as_numpy(action_mask).astype(bool)
-        mask = mask.reshape(-1, mask.shape[-1])
-        if len(actions) != len(prompts) or mask.shape != actions.shape[:2]:
-            raise ValueError(
-                f"Expected actions of shape ({len(prompts)}, T, D) and an action_mask of shape ({len(prompts)}, T), "
-                f"got {actions.shape} and {mask.shape}."
-            )
-        # What stands at a padded place is never learnt; zeros keep the encoder from stumbling over it.
-        actions = np.where(mask[..., None], actions, 0.0)
+        actions, mask = targets(actions, action_mask, len(prompts))
         rows, labels, types = [], [], []
         for prompt, chunk, real, key in zip(prompts, actions, mask, keys, strict=True):
             ids = self.action_codec.encode(chunk, key) + self.action_token_begin
@@ -251,17 +219,16 @@ class SpatialVLAProcessor(ProcessorMixin):
             rows.append(prompt + suffix.tolist())
             labels.append([IGNORED] * len(prompt) + np.where(supervised, suffix, IGNORED).tolist())
             types.append([0] * len(prompt) + [1] * len(suffix))
-        length = max(map(len, rows))
         return {
             **self._padded(rows, left=False),
-            "labels": np.array([row + [IGNORED] * (length - len(row)) for row in labels]),
-            "token_type_ids": np.array([row + [0] * (length - len(row)) for row in types]),
+            "labels": padded(labels, IGNORED),
+            "token_type_ids": padded(types, 0),
         }
 
     def _intrinsics(self, images, keys, intrinsics, size) -> np.ndarray | None:
         """Camera matrix of every sample in pixels of the model's image; None where no camera is known at all."""
         if intrinsics is not None:
-            matrices = _as_numpy(intrinsics)
+            matrices = as_numpy(intrinsics)
             if matrices.shape not in ((3, 3), (len(images), 3, 3)):
                 raise ValueError(
                     f"Expected intrinsics of shape (3, 3) or ({len(images)}, 3, 3), got {matrices.shape}."
@@ -269,29 +236,29 @@ class SpatialVLAProcessor(ProcessorMixin):
             matrices = np.broadcast_to(matrices, (len(images), 3, 3))
             cameras = [CameraSpec(None, *image.size, matrix) for image, matrix in zip(images, matrices, strict=True)]
         else:
-            cameras = [self.camera(key) for key in keys]
-        if any(camera is None or camera.intrinsics is None for camera in cameras):
+            cameras = [camera for key in keys for camera in self.camera_specs(key)]
+        if len(cameras) < len(keys) or any(camera.intrinsics is None for camera in cameras):
             return None
         height, width = size
         return np.array([camera.scaled(width, height).intrinsics for camera in cameras], np.float32)
 
-    def camera(self, unnorm_key: str | None = None) -> CameraSpec | None:
-        """Camera of a dataset: its own, else the default; None where the checkpoint knows no camera.
+    def camera_specs(self, unnorm_key: str | None = None) -> tuple[CameraSpec, ...]:
+        """Camera of a dataset, one: its own, else the default; none where the checkpoint knows no camera.
 
         Raises:
             ValueError: the key is unknown, or there are several cameras, no default and no key.
         """
         if not self.cameras:
-            return None
+            return ()
         if unnorm_key is None and len(self.action_codec.keys) == 1:
             unnorm_key = self.action_codec.keys[0]
         if unnorm_key in self.cameras:
-            return self.cameras[unnorm_key]
+            return (self.cameras[unnorm_key],)
         if unnorm_key is not None:
             self.action_codec.resolve_key(unnorm_key)
         if DEFAULT_CAMERA not in self.cameras:
             raise ValueError(f"No camera for {unnorm_key!r}; this checkpoint knows those of {sorted(self.cameras)}.")
-        return self.cameras[DEFAULT_CAMERA]
+        return (self.cameras[DEFAULT_CAMERA],)
 
     def _generated_ids(self, token_ids) -> np.ndarray:
         token_ids = np.atleast_2d(torch.as_tensor(token_ids).cpu().numpy())
@@ -313,12 +280,8 @@ def _check_spec(key: str, spec: ActionSpec | None) -> None:
         )
 
 
-def _is_batch(images) -> bool:
-    return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
-
-
 def _resized_depth(depth, batch_size: int, size: tuple[int, int]) -> np.ndarray:
-    depth = torch.from_numpy(_as_numpy(depth))
+    depth = torch.from_numpy(as_numpy(depth))
     if not depth.is_floating_point():
         raise ValueError(f"Expected depth in metres as floating point, got {depth.dtype}: are these millimetres?")
     depth = depth[None] if depth.ndim == 2 else depth
@@ -329,18 +292,6 @@ def _resized_depth(depth, batch_size: int, size: tuple[int, int]) -> np.ndarray:
             "Expected a depth above 0 metres in every pixel, got zero, negative, NaN or infinite ones: fill holes."
         )
     return F.interpolate(depth[:, None].float(), size, mode="nearest-exact")[:, 0].numpy()
-
-
-def _as_numpy(values) -> np.ndarray:
-    """Tensors of any device and precision, arrays and lists alike."""
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
-    return np.stack([_as_numpy(value) for value in values]) if _is_list_of_arrays(values) else np.asarray(values)
-
-
-def _is_list_of_arrays(values) -> bool:
-    return isinstance(values, (list, tuple)) and any(isinstance(value, (torch.Tensor, np.ndarray)) for value in values)
 
 
 def _from_published(published: dict) -> dict:

@@ -1,0 +1,107 @@
+"""What every processor checks and converts alike: samples, arrays of any kind, training targets, predictions."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from transformers import BatchFeature, PreTrainedTokenizerBase
+
+from hf_vla.actions.codec import ActionCodec
+
+
+class VLAFeatures(BatchFeature):
+    """A batch whose measurements stay float32 when `.to(dtype)` casts the rest: bfloat16 would shift them."""
+
+    def to(self, *args, **kwargs) -> "VLAFeatures":
+        """Move to a device, cast to a precision, or both."""
+        measured = {key: self[key] for key in ("intrinsics", "depth", "state", "actions") if key in self}
+        super().to(*args, **kwargs)
+        self.update({key: value.to(self["pixel_values"].device) for key, value in measured.items()})
+        return self
+
+
+def is_batch(images) -> bool:
+    """Whether `images` hold one entry per sample, rather than one image."""
+    return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+
+
+def per_sample(images, text, unnorm_key) -> tuple[list, list[str], list[str | None]]:
+    """Images, instructions and datasets of a batch, one of each per sample.
+
+    Raises:
+        ValueError: images or text are missing, or the counts differ.
+    """
+    if images is None or text is None:
+        raise ValueError(f"Expected `images` and `text`, got no {'images' if images is None else 'text'}.")
+    images = list(images) if is_batch(images) else [images]
+    texts = [text] * len(images) if isinstance(text, str) else list(text)
+    keys = list(unnorm_key) if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * len(images)
+    if not len(texts) == len(keys) == len(images) or not images:
+        raise ValueError(
+            f"Got {len(images)} images, {len(texts)} texts and {len(keys)} unnorm_keys: give one per sample."
+        )
+    return images, texts, keys
+
+
+def as_numpy(values) -> np.ndarray:
+    """Tensors of any device and precision, arrays and lists alike."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+    return np.stack([as_numpy(value) for value in values]) if _is_list_of_arrays(values) else np.asarray(values)
+
+
+def _is_list_of_arrays(values) -> bool:
+    return isinstance(values, (list, tuple)) and any(isinstance(value, (torch.Tensor, np.ndarray)) for value in values)
+
+
+def check_words(text: str, tokenizer: PreTrainedTokenizerBase, control_ids: set[int]) -> None:
+    """Refuse an instruction that is no text, or that holds tokens which control the model.
+
+    Raises:
+        ValueError: it does.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"Expected an instruction in words, got {text!r}.")
+    if control := sorted(control_ids.intersection(tokenizer(text, add_special_tokens=False)["input_ids"])):
+        tokens = tokenizer.convert_ids_to_tokens(control)
+        raise ValueError(f"Expected an instruction in words, got the control tokens {tokens} in it: {text!r}.")
+
+
+def padded(rows: Iterable[list[int]], fill: int, left: bool = False) -> np.ndarray:
+    """Rows of different lengths as one array, filled up on the right or on the left."""
+    rows = list(rows)
+    length = max(map(len, rows))
+    fills = [[fill] * (length - len(row)) for row in rows]
+    return np.array([more + row if left else row + more for row, more in zip(rows, fills, strict=True)])
+
+
+def targets(actions, action_mask, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Actions `(batch_size, T, D)` and their mask `(batch_size, T)`; what stands at a padded place becomes 0.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    actions = as_numpy(actions)
+    actions = actions[None] if actions.ndim == 2 else actions
+    mask = np.ones(actions.shape[:2], bool) if action_mask is None else as_numpy(action_mask).astype(bool)
+    mask = mask.reshape(-1, mask.shape[-1])
+    if len(actions) != batch_size or mask.shape != actions.shape[:2]:
+        raise ValueError(
+            f"Expected actions of shape ({batch_size}, T, D) and an action_mask of shape ({batch_size}, T), "
+            f"got {actions.shape} and {mask.shape}."
+        )
+    return np.where(mask[..., None], actions, 0.0), mask
+
+
+def decode_predictions(codec: ActionCodec, predictions: np.ndarray, unnorm_key) -> np.ndarray:
+    """Robot actions of a batch of predictions; `unnorm_key` is one for all or a list with one per sample.
+
+    Raises:
+        ValueError: the counts differ; see also [`~hf_vla.actions.codec.ActionCodec.decode`].
+    """
+    if not isinstance(unnorm_key, (list, tuple)):
+        return codec.decode(predictions, unnorm_key)
+    if len(unnorm_key) != len(predictions):
+        raise ValueError(f"Got {len(predictions)} predictions and {len(unnorm_key)} unnorm_keys: give one per sample.")
+    return np.stack([codec.decode(row, key) for row, key in zip(predictions, unnorm_key, strict=True)])

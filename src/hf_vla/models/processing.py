@@ -1,0 +1,186 @@
+"""What the processors of models that emit normalised actions share: named cameras, state, targets, decoding."""
+
+from abc import abstractmethod
+
+import numpy as np
+from PIL import Image
+from transformers import ProcessorMixin
+
+from hf_vla.actions.codec import ActionCodec
+from hf_vla.actions.spec import CameraSpec
+from hf_vla.models.batches import VLAFeatures, as_numpy, decode_predictions, per_sample, targets
+from hf_vla.models.images import to_rgb
+from hf_vla.models.outputs import VLAOutput
+
+DEFAULT_CAMERAS = "default"
+
+
+class ContinuousActionProcessor(ProcessorMixin):
+    """Everything outside a network that emits normalised actions; a family says how pictures and words enter it.
+
+    Args:
+        image_processor, tokenizer: of the family.
+        statistics (`dict`, *optional*): `{unnorm_key: {"action": {...}, "state": {...}}}`.
+        action_config (`dict`, *optional*): chunk size, normalisations and specs, see
+            [`~hf_vla.actions.codec.ActionCodec`]. With `"state_normalization"` every call needs a state.
+        camera_config (`dict`, *optional*): `{unnorm_key: [CameraSpec.to_dict(), ...]}`, in the order in which the
+            cameras' pictures enter the network; the key `"default"` serves every dataset that has none of its own.
+        chat_template (`str`, *optional*): unused, kept for `ProcessorMixin`.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        statistics=None,
+        action_config=None,
+        camera_config=None,
+        chat_template=None,
+    ):
+        self.statistics, self.action_config, self.camera_config = statistics, action_config, camera_config
+        self.action_codec = ActionCodec(statistics, action_config)
+        if self.action_codec.tokenizer is not None:
+            raise ValueError("This model predicts continuous actions: leave action_config['tokenizer'] out.")
+        self.cameras = {key: _camera_specs(key, cameras) for key, cameras in (camera_config or {}).items()}
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @abstractmethod
+    def encode_prompts(self, views: list[list[tuple[Image.Image, bool]]], texts: list[str]) -> dict[str, np.ndarray]:
+        """Turn pictures and instructions into the network's inputs.
+
+        Args:
+            views (`list[list[tuple]]`): for each sample and camera an RGB picture and whether it is there; one that is
+                missing is black.
+            texts (`list[str]`): instructions, unchecked.
+
+        Returns:
+            `dict[str, np.ndarray]`: inputs by name, padded on the right.
+        """
+
+    def __call__(
+        self,
+        images=None,
+        text=None,
+        state=None,
+        actions=None,
+        action_mask=None,
+        unnorm_key=None,
+        intrinsics=None,
+        depth=None,
+        reasoning=None,
+        return_tensors="pt",
+    ) -> VLAFeatures:
+        """Prepare a batch, padded on the right, in training and inference alike.
+
+        Args:
+            images: one entry, or a list with one per sample: an image, where one camera is declared, else
+                `{camera name: image or None}`, None where the camera's picture is missing; see
+                [`~hf_vla.models.images.to_rgb`].
+            text (`str` or `list[str]`): instruction, one for all or one per sample.
+            state (`(S,)` or `(batch_size, S)`, *optional*): robot units; needed where the checkpoint declares one.
+            actions (`(T, D)` or `(batch_size, T, D)`, *optional*): targets in robot units.
+            action_mask (`(T,)` or `(batch_size, T)` of bool, *optional*): True where an action is real.
+            unnorm_key (`str` or `list[str]`, *optional*): dataset of the samples; chooses statistics and cameras.
+            intrinsics, depth, reasoning: other families'; refused.
+            return_tensors (`str`): `"pt"` or `"np"`.
+
+        Returns:
+            [`~hf_vla.models.batches.VLAFeatures`] with the family's inputs and `state` `(batch_size, S)`; with
+            `actions` also `actions` `(batch_size, T, D)` and `action_mask` `(batch_size, T)`; states and actions
+            normalised, float32.
+
+        Raises:
+            ValueError: something is missing, not declared or not usable, or counts differ.
+        """
+        for name, value in (("intrinsics", intrinsics), ("depth", depth), ("reasoning", reasoning)):
+            if value is not None:
+                raise ValueError(f"This model takes no {name}; leave `{name}` out.")
+        images, texts, keys = per_sample(images, text, unnorm_key)
+        views = [_views(sample, self.camera_specs(key)) for sample, key in zip(images, keys, strict=True)]
+        data = self.encode_prompts(views, texts)
+        if self.action_codec.takes_state:
+            data["state"] = self._states(state, keys)
+        elif state is not None:
+            raise ValueError("This checkpoint takes no state; leave `state` out.")
+        if actions is not None:
+            chunks, mask = targets(actions, action_mask, len(texts))
+            encoded = [self.action_codec.encode(chunk, key) for chunk, key in zip(chunks, keys, strict=True)]
+            # Zero in robot units may be far from zero when it is normalised.
+            data["actions"] = np.where(mask[..., None], np.stack(encoded), np.float32(0))
+            data["action_mask"] = mask
+        return VLAFeatures(data, tensor_type=return_tensors)
+
+    def decode_actions(self, output: VLAOutput, unnorm_key=None) -> np.ndarray:
+        """Turn predicted actions into robot actions.
+
+        Args:
+            output ([`VLAOutput`] of `predict_action`).
+            unnorm_key (`str` or `list[str]`, *optional*): dataset whose robot acts, one for all or one per sample;
+                may be left out where the checkpoint knows one dataset.
+
+        Returns:
+            `np.ndarray` of shape `(batch_size, chunk_size, action_dim)`: float32, robot units.
+
+        Raises:
+            ValueError: there are no predicted actions in it, or the statistics are not known.
+        """
+        if output.actions is None:
+            raise ValueError("Expected an output of predict_action, got a VLAOutput without `actions`.")
+        return decode_predictions(self.action_codec, as_numpy(output.actions), unnorm_key)
+
+    def camera_specs(self, unnorm_key: str | None = None) -> tuple[CameraSpec, ...]:
+        """Cameras of a dataset, in the order of the prompt: its own, else the default ones; () where none is declared.
+
+        Raises:
+            ValueError: the key is unknown, or there are several datasets, no default and no key.
+        """
+        if unnorm_key is None and len(self.action_codec.keys) == 1:
+            unnorm_key = self.action_codec.keys[0]
+        if unnorm_key in self.cameras:
+            return self.cameras[unnorm_key]
+        if unnorm_key is not None:
+            self.action_codec.resolve_key(unnorm_key)
+        if self.cameras and DEFAULT_CAMERAS not in self.cameras:
+            raise ValueError(f"No cameras for {unnorm_key!r}; this checkpoint knows those of {sorted(self.cameras)}.")
+        return self.cameras.get(DEFAULT_CAMERAS, ())
+
+    def _states(self, state, keys) -> np.ndarray:
+        if state is None:
+            raise ValueError("This checkpoint needs the robot's state: give `state`, one row of numbers per sample.")
+        state = as_numpy(state)
+        state = state[None] if state.ndim == 1 else state
+        if len(state) != len(keys) or state.ndim != 2:
+            raise ValueError(f"Expected a state of shape ({len(keys)}, S), one row per sample, got {state.shape}.")
+        return np.stack([self.action_codec.encode_state(row, key) for row, key in zip(state, keys, strict=True)])
+
+
+def _camera_specs(key: str, cameras) -> tuple[CameraSpec, ...]:
+    if not isinstance(cameras, (list, tuple)) or not cameras:
+        raise ValueError(f"Expected a list of cameras in camera_config[{key!r}], got {cameras!r}.")
+    specs = tuple(CameraSpec.from_dict(camera) for camera in cameras)
+    names = [spec.name for spec in specs]
+    if len(set(names)) < len(names) or (len(names) > 1 and None in names):
+        raise ValueError(f"Expected cameras of different names in camera_config[{key!r}], got {names}.")
+    if any(spec.depth for spec in specs):
+        raise ValueError(f"This model takes no depth: leave it out of the cameras of camera_config[{key!r}].")
+    return specs
+
+
+def _views(sample, specs: tuple[CameraSpec, ...]) -> list[tuple[Image.Image, bool]]:
+    """The picture of each camera and whether it is there."""
+    names = [spec.name for spec in specs]
+    if not isinstance(sample, dict):
+        if len(names) > 1:
+            raise ValueError(f"Several cameras are declared: give a dictionary with an image (or None) for {names}.")
+        return [(to_rgb(sample), True)]
+    if sample.keys() != set(names):
+        raise ValueError(
+            f"Expected images of the cameras {names}, got those of {list(sample)}; a camera that is out of order is "
+            "given as None."
+        )
+    return [
+        (Image.new("RGB", (spec.width, spec.height)), False)
+        if sample[spec.name] is None
+        else (to_rgb(sample[spec.name]), True)
+        for spec in specs
+    ]

@@ -1,0 +1,195 @@
+"""TinyVLA: any image-text-to-text model of transformers, whose hidden states condition a continuous action head.
+
+images + prompt -> backbone, once -> hidden states behind the final norm -> action head (+ state) -> chunk of actions
+
+Source: TinyVLA, https://huggingface.co/papers/2409.12514
+"""
+
+import inspect
+
+import torch
+from transformers import AutoModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+
+from hf_vla.actions.heads.registry import build_action_head
+from hf_vla.models.base import VLAPreTrainedModel
+from hf_vla.models.outputs import VLAOutput
+from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
+
+
+class TinyVLAForActionPrediction(VLAPreTrainedModel):
+    """Images, an instruction and (where the robot has one) its state in, a chunk of normalised actions out.
+
+    Example:
+    ```python
+    >>> import hf_vla
+    >>> from transformers import AutoModel, AutoProcessor
+
+    >>> model = AutoModel.from_pretrained(path)
+    >>> processor = AutoProcessor.from_pretrained(path)
+    >>> inputs = processor(images={"front": image}, text="pick up the red cube", state=state)
+    >>> actions = processor.decode_actions(model.predict_action(**inputs))
+    ```
+    """
+
+    config: TinyVLAConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    # Whether the backbone can is for the backbone to say, when it is built.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: TinyVLAConfig):
+        super().__init__(config)
+        self.backbone = AutoModel.from_config(config.backbone_config)
+        self._backbone_inputs = frozenset(inspect.signature(self.backbone.forward).parameters)
+        feature_dim = config.get_text_config().hidden_size
+        self.action_head = build_action_head(
+            config.head_config, feature_dim, config.action_dim, config.chunk_size, config.state_dim
+        )
+        self.post_init()
+
+    def _init_weights(self, module):
+        """Leave the head as it was built: it initialises itself, and transformers' initialisation is another."""
+
+    def get_input_embeddings(self):
+        """The backbone's."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        """Replace the backbone's input embedding."""
+        self.backbone.set_input_embeddings(value)
+
+    def encode(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        **backbone_inputs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the backbone.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): from the processor, right-padded.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 where a token is real, 0 where
+                it is padding or belongs to a missing camera.
+            pixel_values (`torch.FloatTensor`): as the backbone takes them.
+            backbone_inputs: whatever else the backbone's `forward` takes.
+
+        Returns:
+            `tuple`: features `(batch_size, L, hidden_size)`, and a mask `(batch_size, L)`, True where a feature is
+            real. L is the sequence length, or the number of readout tokens where the config has any.
+
+        Raises:
+            ValueError: a prompt is padded on the left, or has not all of the readout tokens.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        mask, is_image = attention_mask.bool(), input_ids == self.config.image_token_id
+        if (~mask & ~is_image)[:, 0].any():
+            raise ValueError("Expected prompts padded on the right, got padding at the beginning of a prompt.")
+        inputs = {**self._token_types(input_ids, is_image, backbone_inputs), **backbone_inputs}
+        outputs = self.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=False, **inputs
+        )
+        features, readout = outputs.last_hidden_state, self.config.readout_token_ids
+        if not readout:
+            return features, mask
+        is_readout = (input_ids >= readout.start) & (input_ids < readout.stop) & mask
+        if (is_readout.sum(-1) != len(readout)).any():
+            raise ValueError(
+                f"Expected the {len(readout)} readout tokens {readout.start}..{readout.stop - 1} in every prompt, got "
+                f"{is_readout.sum(-1).tolist()} of them: does the processor belong to this checkpoint?"
+            )
+        features = features[is_readout].unflatten(0, (len(features), len(readout)))
+        return features, mask.new_ones(features.shape[:2])
+
+    def _token_types(self, input_ids, is_image, backbone_inputs) -> dict[str, torch.Tensor]:
+        """What some backbones want to know of the tokens beside their ids."""
+        inputs = {}
+        if "token_type_ids" in self._backbone_inputs:
+            # PaliGemma: 0 is the prompt, which attends to itself in both directions; others: 1 is an image.
+            prefix = self.config.backbone_config.model_type == "paligemma"
+            inputs["token_type_ids"] = torch.zeros_like(input_ids) if prefix else is_image.long()
+        if "mm_token_type_ids" in self._backbone_inputs:
+            inputs["mm_token_type_ids"] = is_image.int()
+        if "image_grid_thw" in backbone_inputs and hasattr(self.backbone, "get_rope_index"):
+            # Left to itself, the backbone would drop the tokens of a missing camera, but not the camera's grid.
+            inputs["position_ids"], _ = self.backbone.get_rope_index(
+                input_ids, is_image.int(), image_grid_thw=backbone_inputs["image_grid_thw"]
+            )
+        return inputs
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        actions: torch.FloatTensor | None = None,
+        action_mask: torch.BoolTensor | None = None,
+        state: torch.FloatTensor | None = None,
+        generator: torch.Generator | None = None,
+        **backbone_inputs,
+    ) -> VLAOutput:
+        """Training loss.
+
+        Args:
+            input_ids, attention_mask, pixel_values, backbone_inputs: see `encode`.
+            actions (`torch.FloatTensor` of shape `(batch_size, chunk_size, action_dim)`): normalised.
+            action_mask (`torch.BoolTensor` of shape `(batch_size, chunk_size)`, *optional*): True where an action is
+                real; all of them by default.
+            state (`torch.FloatTensor` of shape `(batch_size, state_dim)`, *optional*): normalised.
+            generator (`torch.Generator`, *optional*): makes the head's noise repeatable.
+
+        Returns:
+            [`VLAOutput`] with `loss`, the mean over the samples, and `hidden_states`, the features that the head saw.
+
+        Raises:
+            ValueError: there are no actions; see also `encode`.
+        """
+        if actions is None:
+            raise ValueError("Expected `actions` to learn from; to predict some, call predict_action.")
+        if action_mask is None:
+            action_mask = torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device)
+        features, mask = self.encode(input_ids, attention_mask, pixel_values, **backbone_inputs)
+        loss = self.action_head.loss(features, mask, actions, action_mask, state, generator)
+        return VLAOutput(loss=loss.mean(), hidden_states=(features,))
+
+    @torch.no_grad()
+    def predict_action(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        state: torch.FloatTensor | None = None,
+        generator: torch.Generator | None = None,
+        noise: torch.FloatTensor | None = None,
+        num_inference_steps: int | None = None,
+        **backbone_inputs,
+    ) -> VLAOutput:
+        """Predict a chunk of actions; the backbone runs once, however many steps the head takes.
+
+        Args:
+            input_ids, attention_mask, pixel_values, backbone_inputs: see `encode`.
+            state (`torch.FloatTensor` of shape `(batch_size, state_dim)`, *optional*): normalised.
+            generator, noise, num_inference_steps: see `ActionHead.sample`.
+
+        Returns:
+            [`VLAOutput`] with `actions` `(batch_size, chunk_size, action_dim)`, normalised, float32.
+
+        Raises:
+            ValueError: a prediction is NaN or infinite, an argument is not for this head; see also `encode`.
+        """
+        features, mask = self.encode(input_ids, attention_mask, pixel_values, **backbone_inputs)
+        actions = self.action_head.sample(
+            features, mask, state, generator=generator, noise=noise, num_inference_steps=num_inference_steps
+        )
+        return VLAOutput(actions=actions)
+
+
+# Only for registered models does peft translate adapters of older layouts; the backbones bring the translations along.
+register_checkpoint_conversion_mapping(TinyVLAConfig.model_type, [], overwrite=True)
