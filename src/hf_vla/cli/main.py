@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from hf_vla.cli.convert import convert
 from hf_vla.cli.predict import predict
 
 DEBUG_VARIABLE = "HF_VLA_DEBUG"
@@ -50,3 +51,4 @@ def main(
 
 
 app.command()(predict)
+app.command()(convert)
