@@ -1,0 +1,176 @@
+"""pi0: transformers' own model behind this library's `forward(**batch).loss` and `predict_action`.
+
+images, prompt -> PaliGemma -> keys and values -> action expert (state, noised actions) -> velocity -> actions
+
+Time is pi0's own here: 1 = noise, 0 = data; the velocity points from the data to the noise.
+
+Source: pi0, https://huggingface.co/papers/2410.24164
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.pi0.modeling_pi0 import PI0ForConditionalGeneration
+
+from hf_vla.actions.heads.base import check_finite
+from hf_vla.models.base import VLAPreTrainedModel
+from hf_vla.models.outputs import VLAOutput
+from hf_vla.models.pi0_vla.configuration_pi0_vla import PI0VLAConfig
+
+
+class PI0VLAForActionPrediction(VLAPreTrainedModel, PI0ForConditionalGeneration):
+    """Images, an instruction and a state in, a chunk of continuous actions out.
+
+    `from_pretrained` also reads checkpoints of transformers' own `PI0ForConditionalGeneration` and LeRobot's weights.
+
+    Example:
+    ```python
+    >>> from hf_vla import PI0VLAForActionPrediction, PI0VLAProcessor
+
+    >>> model = PI0VLAForActionPrediction.from_pretrained("lerobot/pi0_base")
+    >>> processor = PI0VLAProcessor.from_tokenizer(tokenizer, model.config, statistics, action_config, camera_config)
+    >>> inputs = processor(images=[{"front": image, "wrist": None}], text="fold the towel", state=state)
+    >>> actions = processor.decode_actions(model.predict_action(**inputs))
+    ```
+    """
+
+    config: PI0VLAConfig
+    main_input_name = "input_ids"
+    # The action expert reads the language model's cache, which activation checkpointing turns off.
+    supports_gradient_checkpointing = False
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_attention_mask: torch.BoolTensor | None = None,
+        state: torch.FloatTensor | None = None,
+        actions: torch.FloatTensor | None = None,
+        action_mask: torch.BoolTensor | None = None,
+        noise: torch.FloatTensor | None = None,
+        timestep: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> VLAOutput:
+        """Predict the velocity, and the loss where `actions` are given.
+
+        Padded actions are 0 before noise is added and cost nothing; a sample's loss is the mean over its real
+        actions. Dimensions beyond the robot's own are learnt to be 0, as published: sampling starts from noise in all
+        of them, and the network sees where they go.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): from the processor.
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_cameras, 3, height, width)`): normalised.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 where a token is real.
+            pixel_attention_mask (`torch.BoolTensor` of shape `(batch_size, num_cameras)`): True where a camera has a
+                picture.
+            state (`torch.FloatTensor` of shape `(batch_size, state_dim)`, *optional*): normalised, at most
+                `max_state_dim` wide; 0 where the robot's state is not known.
+            actions (`torch.FloatTensor` of shape `(batch_size, chunk_size, action_dim)`, *optional*): normalised, at
+                most `max_action_dim` wide.
+            action_mask (`torch.BoolTensor` of shape `(batch_size, chunk_size)`, *optional*): True where an action is
+                real; all are by default.
+            noise (`torch.FloatTensor` of shape `(batch_size, chunk_size, max_action_dim)`, *optional*): with `actions`
+                what is mixed with them, drawn by default; without, the noised actions themselves.
+            timestep (`torch.FloatTensor` of shape `(batch_size,)`, *optional*): 1 = noise, 0 = data; drawn by default.
+            kwargs: see [`~transformers.PI0ForConditionalGeneration.forward`].
+
+        Returns:
+            [`VLAOutput`] with `loss` and, as `logits`, the velocity `(batch_size, chunk_size, max_action_dim)`.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+            "attention_mask": attention_mask,
+            "pixel_attention_mask": pixel_attention_mask,
+            "timestep": timestep,
+            **kwargs,
+        }
+        if actions is None:  # a step of transformers' `sample_actions`, whose samples stay float32
+            output = super().forward(self._full_state(state, noise), noise=noise.to(self.dtype), **inputs)
+            return VLAOutput(logits=output.logits, past_key_values=output.past_key_values)
+
+        action_mask = torch.ones_like(actions[..., 0], dtype=torch.bool) if action_mask is None else action_mask
+        expected = (len(actions), self.config.chunk_size)
+        if actions.shape[:2] != expected or action_mask.shape != expected:
+            raise ValueError(
+                f"Expected actions of shape (batch_size, {self.config.chunk_size}, action_dim) and their action_mask, "
+                f"got {tuple(actions.shape)} and {tuple(action_mask.shape)}."
+            )
+        actions = _widened(actions.float(), self.config.max_action_dim, "actions")
+        actions = actions.masked_fill(~action_mask[..., None], 0.0)  # padding must not enter the noised actions
+        if noise is None:
+            noise = torch.randn_like(actions)
+        state = self._full_state(state, actions)
+        output = super().forward(state, noise=noise, actions=actions.to(self.dtype), **inputs)
+        error = (noise - actions - output.logits.float()) ** 2
+        error = error.mean(-1).masked_fill(~action_mask, 0.0).sum(-1) / action_mask.sum(-1).clamp(min=1)
+        return VLAOutput(loss=error.mean(), logits=output.logits)
+
+    @torch.no_grad()
+    def predict_action(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.FloatTensor,
+        attention_mask: torch.Tensor,
+        pixel_attention_mask: torch.BoolTensor,
+        state: torch.FloatTensor | None = None,
+        generator: torch.Generator | None = None,
+        noise: torch.FloatTensor | None = None,
+        num_inference_steps: int | None = None,
+    ) -> VLAOutput:
+        """Integrate the velocity from noise (time 1) to actions (time 0) by Euler steps.
+
+        Args:
+            input_ids, pixel_values, attention_mask, pixel_attention_mask, state: as in `forward`.
+            generator (`torch.Generator`, *optional*): makes the prediction repeatable.
+            noise (`torch.FloatTensor` of shape `(batch_size, chunk_size, max_action_dim)`, *optional*): to start from.
+            num_inference_steps (`int`, *optional*): Euler steps; the checkpoint's by default.
+
+        Returns:
+            [`VLAOutput`] with `actions` `(batch_size, chunk_size, max_action_dim)`, float32, normalised; what lies
+            beyond the robot's own dimensions is left out by the processor's `decode_actions`.
+
+        Raises:
+            ValueError: a shape does not fit, or a prediction is NaN or infinite.
+        """
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        if steps < 1:
+            raise ValueError(f"Expected num_inference_steps of 1 or more, got {steps}.")
+        shape = (len(input_ids), self.config.chunk_size, self.config.max_action_dim)
+        if noise is None:
+            noise = torch.randn(shape, generator=generator, device=input_ids.device, dtype=torch.float32)
+        if noise.shape != shape:
+            raise ValueError(f"Expected noise of shape {shape}, got {tuple(noise.shape)}.")
+        actions = self.sample_actions(
+            state=self._full_state(state, noise),
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            noise=noise,
+            attention_mask=attention_mask,
+            pixel_attention_mask=pixel_attention_mask,
+            num_steps=steps,
+        )
+        return VLAOutput(actions=check_finite(actions.float()))
+
+    def _full_state(self, state: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        """State of pi0's own width in the weights' precision; 0 for a robot whose state is not known."""
+        if state is None:
+            return torch.zeros(len(like), self.config.max_state_dim, dtype=self.dtype, device=like.device)
+        return _widened(state.to(self.dtype), self.config.max_state_dim, "state")
+
+
+def _widened(values: torch.Tensor, width: int, what: str) -> torch.Tensor:
+    """Append zeros to the last axis."""
+    if values.shape[-1] > width:
+        raise ValueError(f"Expected {what} of at most {width} dimensions, got {values.shape[-1]}.")
+    return F.pad(values, (0, width - values.shape[-1]))
+
+
+# LeRobot's names of the weights, which transformers translates for model type "pi0" only.
+register_checkpoint_conversion_mapping(
+    PI0VLAConfig.model_type, get_checkpoint_conversion_mapping("pi0"), overwrite=True
+)
