@@ -20,8 +20,9 @@ class Counter(torch.nn.Module):
         super().__init__()
         self.calls = 0
 
-    def predict_action(self, **inputs):
+    def predict_action(self, **options):
         self.calls += 1
+        self.options = options
         chunk = self.calls + 0.1 * torch.arange(CHUNK)
         return VLAOutput(actions=chunk[None, :, None].expand(1, CHUNK, 2))
 
@@ -29,17 +30,19 @@ class Counter(torch.nn.Module):
 class EchoProcessor:
     """Remembers what it was called with; decodes by the real codec, which is told to change nothing."""
 
-    def __init__(self, camera=None, state_spec=None):
+    def __init__(self, *cameras, state_spec=None):
         specs = {"action": ActionSpec(("a", "b"), "joint").to_dict(), "state": state_spec and state_spec.to_dict()}
-        statistics = {"arm": {"action": {"q01": [-1.0] * 2, "q99": [1.0] * 2}}}
+        limits = {"q01": [-1.0] * 2, "q99": [1.0] * 2}
+        statistics = {"arm": {"action": limits, "state": limits}}
         normalization = {"mode": "identity", "clip": False, "convention": "lerobot"}
         config = {"chunk_size": CHUNK, "normalization": normalization, "specs": {"arm": specs}}
+        config["state_normalization"] = state_spec and normalization
         self.action_codec = ActionCodec(statistics, config)
-        self._camera = camera
+        self._cameras = cameras
 
-    def camera(self, unnorm_key):
+    def camera_specs(self, unnorm_key):
         assert unnorm_key == "arm"
-        return self._camera
+        return self._cameras
 
     def __call__(self, **inputs):
         self.inputs = inputs
@@ -96,7 +99,7 @@ def test_passes_image_text_and_key():
 
 def test_takes_the_declared_camera_depth_and_state():
     camera = CameraSpec("wrist", 8, 8, depth=True)
-    policy = Policy(Counter(), EchoProcessor(camera, StateSpec(("x", "y"))))
+    policy = Policy(Counter(), EchoProcessor(camera, state_spec=StateSpec(("x", "y"))))
     wrist = np.ones((8, 8, 3), np.uint8)
     more = {"observation.images.wrist": wrist, "observation.depth.wrist": np.full((8, 8), 2.0)}
     policy.predict_chunk(observe(**more, **{"observation.state": [0.5, 1.5]}))
@@ -105,24 +108,70 @@ def test_takes_the_declared_camera_depth_and_state():
     assert inputs["depth"].shape == (1, 8, 8) and inputs["state"].tolist() == [[0.5, 1.5]]
 
 
+def test_takes_several_cameras_by_name_and_says_which_is_missing():
+    policy = Policy(Counter(), EchoProcessor(CameraSpec("wrist", 8, 8), CameraSpec("front", 8, 8)))
+    wrist = np.ones((8, 8, 3), np.uint8)
+    observation = observe(**{"observation.images.wrist": wrist, "observation.images.back": wrist})
+    policy.predict_chunk(observation)
+    (images,) = policy.processor.inputs["images"]
+    assert list(images) == ["wrist", "front"] and images["wrist"] is wrist
+    assert images["front"] is observation["observation.images.front"]
+    policy.predict_chunk({**observation, "observation.images.wrist": None})
+    assert policy.processor.inputs["images"][0]["wrist"] is None
+
+
+def test_a_seed_repeats_from_reset_on():
+    policy = Policy(Counter(), EchoProcessor(), seed=3)
+
+    def draw():
+        policy.predict_chunk(observe())
+        return torch.rand(1, generator=policy.model.options["generator"]).item()
+
+    first, second = draw(), draw()
+    assert first == torch.rand(1, generator=torch.Generator().manual_seed(3)).item() != second
+    policy.reset()
+    assert [draw(), draw()] == [first, second]
+
+
+def test_the_model_gets_only_the_options_that_are_given():
+    policy = Policy(Counter(), EchoProcessor())
+    policy.predict_chunk(observe())
+    assert policy.model.options == {}
+    policy = Policy(Counter(), EchoProcessor(), num_inference_steps=5)
+    policy.predict_chunk(observe())
+    assert policy.model.options == {"num_inference_steps": 5}
+
+
 WRIST = {"observation.images.wrist": np.ones((8, 8, 3), np.uint8)}
 
 
 @pytest.mark.parametrize(
-    ("camera", "state_spec", "observation", "message"),
+    ("cameras", "state_spec", "observation", "message"),
     [
-        (None, None, {"observation.images.front": 0}, "an instruction under 'task'"),
-        (None, None, {"task": "wave"}, r"exactly one 'observation.images.<name>'; came \[\]"),
-        (None, None, observe(**WRIST), r"exactly one 'observation.images.<name>'; came \['front', 'wrist'\]"),
-        (CameraSpec("wrist", 8, 8), None, observe(), r"needs the camera 'wrist'; the observation has \['front'\]"),
-        (CameraSpec("front", 8, 8, depth=True), None, observe(), "metric depth: give 'observation.depth.front'"),
-        (None, StateSpec(("x", "y")), observe(), r"give 'observation.state' with \['x', 'y'\]"),
-        (None, StateSpec(("x", "y")), observe(**{"observation.state": [1.0]}), "Expected 2 finite numbers"),
-        (None, StateSpec(("x", "y")), observe(**{"observation.state": [1.0, np.nan]}), "Expected 2 finite numbers"),
+        ((), None, {"observation.images.front": 0}, "an instruction under 'task'"),
+        ((), None, {"task": "wave"}, r"exactly one 'observation.images.<name>'; came \[\]"),
+        ((), None, observe(**WRIST), r"exactly one 'observation.images.<name>'; came \['front', 'wrist'\]"),
+        ([CameraSpec("wrist", 8, 8)], None, observe(), r"needs the camera 'wrist'; the observation has \['front'\]"),
+        ([CameraSpec("front", 8, 8, depth=True)], None, observe(), "metric depth: give 'observation.depth.front'"),
+        ((), StateSpec(("x", "y")), observe(), r"give 'observation.state', 2 numbers \['x', 'y'\]"),
+        ((), StateSpec(("x", "y")), observe(**{"observation.state": [1.0]}), "Expected 2 finite numbers"),
+        ((), StateSpec(("x", "y")), observe(**{"observation.state": [1.0, np.nan]}), "Expected 2 finite numbers"),
+        (
+            [CameraSpec("front", 8, 8), CameraSpec("wrist", 8, 8)],
+            None,
+            observe(),
+            r"the camera 'wrist'; .* \['front'\]",
+        ),
+        (
+            [CameraSpec("a", 8, 8), CameraSpec("b", 8, 8)],
+            None,
+            observe(),
+            r"needs the cameras 'a', 'b'; .* \['front'\]",
+        ),
     ],
 )
-def test_names_what_an_observation_lacks(camera, state_spec, observation, message):
-    policy = Policy(Counter(), EchoProcessor(camera, state_spec))
+def test_names_what_an_observation_lacks(cameras, state_spec, observation, message):
+    policy = Policy(Counter(), EchoProcessor(*cameras, state_spec=state_spec))
     with pytest.raises(ValueError, match=message):
         policy.select_action(observation)
 
@@ -148,7 +197,7 @@ def test_rejects_a_checkpoint_of_another_kind():
 
 def test_runs_a_checkpoint_on_a_demonstration(tiny_checkpoint, demo_item):
     policy = Policy.from_pretrained(tiny_checkpoint, device="cpu", n_action_steps=3)
-    assert policy.camera.name == "agentview" and policy.action_spec.names[0] == "dx"
+    assert policy.cameras[0].name == "agentview" and policy.action_spec.names[0] == "dx"
     chunk = policy.predict_chunk(demo_item)
     assert chunk.shape == (4, 7) and np.isfinite(chunk).all() and np.abs(chunk).max() <= 1.0 + 1e-6
     assert set(chunk[:, 6]) <= {-1.0, 1.0}

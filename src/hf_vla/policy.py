@@ -33,13 +33,25 @@ class Policy:
         unnorm_key (`str`, *optional*): dataset whose robot is driven; may be left out where there is only one.
         n_action_steps (`int`, *optional*): actions executed per chunk, 1 to the chunk size; default the whole chunk.
         ensemble_coefficient (`float`, *optional*): see [`~hf_vla.actions.chunking.TemporalEnsembler`]; 0.01 is usual.
+        seed (`int`, *optional*): makes heads that draw noise repeatable: every episode, from `reset` on, draws the
+            same.
+        num_inference_steps (`int`, *optional*): of heads that denoise; the checkpoint's own by default.
 
     Raises:
         ValueError: the processor knows no actions, the key is unknown or missing, or both ways of executing a chunk
             are asked for.
     """
 
-    def __init__(self, model, processor, unnorm_key=None, n_action_steps=None, ensemble_coefficient=None):
+    def __init__(
+        self,
+        model,
+        processor,
+        unnorm_key=None,
+        n_action_steps=None,
+        ensemble_coefficient=None,
+        seed=None,
+        num_inference_steps=None,
+    ):
         if not hasattr(processor, "action_codec"):
             raise ValueError(
                 f"Expected the processor of a hf_vla family, came {type(processor).__name__}: the checkpoint is of "
@@ -53,22 +65,27 @@ class Policy:
         codec = processor.action_codec
         self.unnorm_key = codec.resolve_key(unnorm_key)
         self.action_spec, self.state_spec = codec.specs(self.unnorm_key)
-        self.camera = processor.camera(self.unnorm_key)
+        self.cameras = processor.camera_specs(self.unnorm_key)
         steps = codec.chunk_size if n_action_steps is None else n_action_steps
         if steps > codec.chunk_size:
             raise ValueError(f"Expected n_action_steps of at most the chunk size {codec.chunk_size}, came {steps}.")
         self._horizon = RecedingHorizon(steps)
         self._ensembler = None if ensemble_coefficient is None else TemporalEnsembler(ensemble_coefficient)
-        self._task = None
+        self.takes_state = codec.takes_state
+        self._options = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
+        self._seed = seed
+        if seed is not None:
+            self._options["generator"] = torch.Generator(model.device)
+        self.reset()
 
     @classmethod
-    def from_pretrained(cls, path, unnorm_key=None, device=None, n_action_steps=None, ensemble_coefficient=None):
+    def from_pretrained(cls, path, unnorm_key=None, device=None, **options):
         """Load a checkpoint as a policy.
 
         Args:
             path (`str`): folder or Hub name.
             device (`str` or `torch.device`, *optional*): default the accelerator where there is one, else the CPU.
-            unnorm_key, n_action_steps, ensemble_coefficient: see the class.
+            unnorm_key, options: see the class.
 
         Returns:
             `Policy`
@@ -84,20 +101,23 @@ class Policy:
             model.to(device or torch.accelerator.current_accelerator() or "cpu")
         except (RuntimeError, AssertionError) as error:  # torch's own words, of both kinds
             raise ValueError(f"Cannot use the device {device!r}: {error}") from error
-        return cls(model, processor, unnorm_key, n_action_steps, ensemble_coefficient)
+        return cls(model, processor, unnorm_key, **options)
 
     def reset(self):
-        """Forget earlier predictions; call it when an episode starts."""
+        """Forget earlier predictions and draw from the seed anew; call it when an episode starts."""
         self._task = None
+        if self._seed is not None:
+            self._options["generator"].manual_seed(self._seed)
         self._horizon.reset()
         if self._ensembler is not None:
             self._ensembler.reset()
 
     def predict_chunk(self, observation):
-        """Predict the next actions; keeps nothing.
+        """Predict the next actions; keeps nothing but the place among the seed's random numbers.
 
         Args:
-            observation (`dict`): `observation.images.<camera>` (H, W, 3) uint8 (or whatever the processor takes),
+            observation (`dict`): `observation.images.<camera>` (H, W, 3) uint8 (or whatever the processor takes) of
+                every camera that the checkpoint declares, None where one is missing and the family can do without;
                 `task`, and what the checkpoint declares of `observation.state` (S,) and `observation.depth.<camera>`
                 (H, W) in metres. Other entries are ignored.
 
@@ -108,7 +128,7 @@ class Policy:
             ValueError: the observation lacks something that the checkpoint needs; the text names it.
         """
         inputs = self.processor(**self._inputs(observation), unnorm_key=self.unnorm_key, return_tensors="pt")
-        output = self.model.predict_action(**inputs.to(self.model.device))
+        output = self.model.predict_action(**inputs.to(self.model.device), **self._options)
         return self.processor.decode_actions(output, self.unnorm_key)[0]
 
     def select_action(self, observation):
@@ -140,34 +160,39 @@ class Policy:
                 f"Expected an instruction under {TASK!r}, a text, came {observation.get(TASK)!r}; the observation has "
                 f"{sorted(observation)}."
             )
-        camera = self._camera_name(observation)
-        inputs = {"images": [observation[IMAGES + camera]], "text": [observation[TASK]]}
-        if self.camera is not None and self.camera.depth:
-            if DEPTH + camera not in observation:
-                raise ValueError(f"This checkpoint needs metric depth: give {DEPTH + camera!r}, (H, W) in metres.")
-            inputs["depth"] = np.asarray(observation[DEPTH + camera])[None]
-        if self.state_spec is not None:
+        names = self._camera_names(observation)
+        images = {name: observation[IMAGES + name] for name in names}
+        inputs = {"images": [images if len(names) > 1 else images[names[0]]], "text": [observation[TASK]]}
+        for name, camera in zip(names, self.cameras, strict=False):
+            if camera.depth:
+                if DEPTH + name not in observation:
+                    raise ValueError(f"This checkpoint needs metric depth: give {DEPTH + name!r}, (H, W) in metres.")
+                inputs["depth"] = np.asarray(observation[DEPTH + name])[None]
+        if self.takes_state:
             inputs["state"] = self._state(observation)[None]
         return inputs
 
-    def _camera_name(self, observation):
+    def _camera_names(self, observation):
         given = sorted(key.removeprefix(IMAGES) for key in observation if key.startswith(IMAGES))
-        declared = None if self.camera is None else self.camera.name
-        if declared is not None and declared not in given:
-            raise ValueError(f"This checkpoint needs the camera {declared!r}; the observation has {given}.")
-        if declared is None and len(given) != 1:
+        declared = [camera.name for camera in self.cameras if camera.name is not None]
+        missing = [name for name in declared if name not in given]
+        if missing:
+            raise ValueError(
+                f"This checkpoint needs the camera{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; the "
+                f"observation has {given}."
+            )
+        if not declared and len(given) != 1:
             raise ValueError(f"This checkpoint names no camera, so give exactly one '{IMAGES}<name>'; came {given}.")
-        return declared or given[0]
+        return declared or given
 
     def _state(self, observation):
-        names = self.state_spec.names
+        state_dim = self.processor.action_codec.state_normalizer(self.unnorm_key).action_dim
+        names = "" if self.state_spec is None else f" {list(self.state_spec.names)}"
         if STATE not in observation:
-            raise ValueError(f"This checkpoint needs the robot's state: give {STATE!r} with {list(names)}.")
+            raise ValueError(f"This checkpoint needs the robot's state: give {STATE!r}, {state_dim} numbers{names}.")
         state = np.asarray(observation[STATE], np.float32)
-        if state.shape != (len(names),) or not np.isfinite(state).all():
-            raise ValueError(
-                f"Expected {len(names)} finite numbers {list(names)} in {STATE!r}, came {state.tolist()}."
-            )
+        if state.shape != (state_dim,) or not np.isfinite(state).all():
+            raise ValueError(f"Expected {state_dim} finite numbers{names} in {STATE!r}, came {state.tolist()}.")
         return state
 
 

@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from hf_vla.actions.spec import CameraSpec, StateSpec
+from hf_vla.actions.spec import CameraSpec
 from hf_vla.cli.main import app
-from hf_vla.cli.predict import parse_numbers
+from hf_vla.cli.predict import parse_images, parse_numbers
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +33,9 @@ def test_prints_a_table_and_writes_a_picture(tiny_checkpoint, frame, tmp_path):
         assert min(image.size) > 300 and len(image.convert("RGB").getcolors(1 << 20)) > 100
 
 
-def test_a_state_that_is_not_used_is_said_so(tiny_checkpoint, frame):
-    given = predict("--model", tiny_checkpoint, "--image", frame, "--text", "x", "--state", "1 2 3")
-    plain = predict("--model", tiny_checkpoint, "--image", frame, "--text", "x")
-    assert "this checkpoint takes no state; --state was not used" in given.stdout
-    assert "--state" not in plain.stdout and given.stdout.endswith(plain.stdout)
+def test_a_state_that_the_checkpoint_does_not_take_is_an_error(tiny_checkpoint, frame):
+    result = predict("--model", tiny_checkpoint, "--image", frame, "--text", "x", "--state", "1 2 3")
+    assert result.exit_code == 1 and "This checkpoint takes no state: leave --state out." in result.stderr
 
 
 @pytest.mark.parametrize("plot", ["chunk.txt", "nowhere/chunk.png"])
@@ -78,7 +76,7 @@ def test_hands_the_upright_picture_and_the_state_to_the_policy(tmp_path, monkeyp
         observations.append(observation)
         return np.zeros((1, 2))
 
-    specs = {"camera": CameraSpec("wrist", 8, 8), "action_spec": None, "state_spec": StateSpec(("a", "b"))}
+    specs = {"cameras": (CameraSpec("wrist", 8, 8),), "action_spec": None, "takes_state": True}
     policy = SimpleNamespace(**specs, unnorm_key="arm", predict_chunk=predict_chunk)
     monkeypatch.setattr("hf_vla.policy.Policy.from_pretrained", lambda *args, **options: policy)
     result = predict("--model", "m", "--image", rotated, "--text", "wave", "--state", "1, 2")
@@ -86,6 +84,69 @@ def test_hands_the_upright_picture_and_the_state_to_the_policy(tmp_path, monkeyp
     (observation,) = observations
     assert observation["observation.images.wrist"].size == (20, 40)
     assert observation["observation.state"] == [1.0, 2.0] and observation["task"] == "wave"
+
+
+@pytest.fixture
+def stereo(monkeypatch):
+    """Stands in for the policy of a checkpoint with two cameras: keeps its options and observations."""
+    seen = SimpleNamespace(observations=[])
+
+    def predict_chunk(observation):
+        seen.observations.append(observation)
+        return np.zeros((1, 2))
+
+    cameras = (CameraSpec("front", 8, 8), CameraSpec("wrist", 8, 8))
+    policy = SimpleNamespace(cameras=cameras, action_spec=None, takes_state=False, unnorm_key="arm")
+    policy.predict_chunk = predict_chunk
+
+    def from_pretrained(path, **options):
+        seen.options = options
+        return policy
+
+    monkeypatch.setattr("hf_vla.policy.Policy.from_pretrained", from_pretrained)
+    return seen
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    paths = {name: tmp_path / f"{name}.png" for name in ("front", "wrist")}
+    for width, path in enumerate(paths.values(), 10):
+        Image.new("RGB", (width, 20)).save(path)
+    return paths
+
+
+def test_several_cameras_by_name(stereo, pictures):
+    images = [part for name, path in pictures.items() for part in ("--image", f"{name}={path}")]
+    result = predict("--model", "m", *images, "--text", "wave", "--seed", "7")
+    assert result.exit_code == 0, result.output
+    (observation,) = stereo.observations
+    sizes = {key: value.size for key, value in observation.items() if key != "task"}
+    assert sizes == {"observation.images.front": (10, 20), "observation.images.wrist": (11, 20)}
+    assert stereo.options["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("names", "code", "message"),
+    [
+        (["front"], 0, ""),  # the policy says what is missing
+        (["", "wrist"], 2, "Of several pictures, name each once"),
+        (["wrist", "wrist"], 2, "Of several pictures, name each once"),
+        (["side"], 1, "This checkpoint has no camera side, only front, wrist."),
+        ([""], 1, "looks through the cameras ['front', 'wrist']: give --image NAME=FILE for each."),
+    ],
+)
+def test_names_of_pictures(stereo, pictures, names, code, message):
+    path = pictures["front"]
+    images = [part for name in names for part in ("--image", f"{name}={path}" if name else path)]
+    result = predict("--model", "m", *images, "--text", "wave")
+    assert result.exit_code == code and message in " ".join(result.stderr.replace("│", "").split())
+
+
+def test_a_file_name_may_hold_an_equals_sign(tmp_path):
+    path = tmp_path / "a=b.png"
+    path.touch()
+    assert parse_images([str(path)]) == {None: str(path)}
+    assert parse_images([f"front={path}"]) == {"front": str(path)}
 
 
 def test_state_is_parsed():

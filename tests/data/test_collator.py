@@ -21,7 +21,7 @@ def dataset(goldens):
 
 def test_a_batch_is_what_the_processor_takes(dataset):
     items = [dataset[0], dataset[23]]  # the second is two rows from its episode's end
-    batch = VLACollator(Recorder(), "blocks", "wrist")(items)
+    batch = VLACollator(Recorder(), "blocks", ["wrist"])(items)
     assert batch.keys() == {"images", "text", "actions", "action_mask", "unnorm_key", "return_tensors"}
     assert [image.shape for image in batch["images"]] == [(3, 72, 72)] * 2
     assert batch["text"] == ["pick up the red block"] * 2
@@ -30,22 +30,40 @@ def test_a_batch_is_what_the_processor_takes(dataset):
     assert (batch["unnorm_key"], batch["return_tensors"]) == ("blocks", "pt")
 
 
+def test_of_several_cameras_each_sample_has_a_dictionary(goldens):
+    dataset = LeRobotEpisodes(goldens / "lerobot" / "datasets" / "v30_images", {"action": [0.0]})
+    keys = dataset.camera_keys
+    assert len(keys) > 1
+    items = [dataset[0], dataset[1]]
+    batch = VLACollator(Recorder(), "x", keys)(items)
+    names = [key.removeprefix("observation.images.") for key in keys]
+    assert [list(images) for images in batch["images"]] == [names] * 2
+    for images, item in zip(batch["images"], items, strict=True):
+        assert all(torch.equal(images[name], item[key]) for name, key in zip(names, keys, strict=True))
+
+
+@pytest.mark.parametrize("cameras", ["wrist", []])
+def test_cameras_are_a_list(cameras):
+    with pytest.raises(ValueError, match="Expected a list of cameras, one or more, came"):
+        VLACollator(Recorder(), "blocks", cameras)
+
+
 def test_the_state_is_passed_when_it_is_asked_for(dataset):
-    batch = VLACollator(Recorder(), "blocks", "observation.images.wrist", with_state=True)([dataset[0], dataset[1]])
+    batch = VLACollator(Recorder(), "blocks", ["observation.images.wrist"], with_state=True)([dataset[0], dataset[1]])
     assert batch["state"].shape == (2, 7)
 
 
 def test_missing_keys_are_errors_that_list_what_is_there(dataset):
     with pytest.raises(ValueError, match=r"hold no \['observation.images.top'\].*images.wrist"):
-        VLACollator(Recorder(), "blocks", "top")([dataset[0]])
+        VLACollator(Recorder(), "blocks", ["top"])([dataset[0]])
     without = LeRobotEpisodes(dataset.root, cameras=["wrist"])
     with pytest.raises(ValueError, match=r"hold no \['action_is_pad'\].*delta_timestamps"):
-        VLACollator(Recorder(), "blocks", "wrist")([without[0]])
+        VLACollator(Recorder(), "blocks", ["wrist"])([without[0]])
 
 
 def test_prompts_hold_no_targets_but_keep_them_beside(dataset):
     items = [dataset[0], dataset[23]]
-    collator = VLACollator(Recorder(), "blocks", "wrist")
+    collator = VLACollator(Recorder(), "blocks", ["wrist"])
     training, batch = collator(items), collator.prompts(items)
     assert batch["inputs"].keys() == {"images", "text", "unnorm_key", "return_tensors"}
     assert torch.equal(batch["actions"], training["actions"])

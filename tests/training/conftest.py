@@ -1,17 +1,22 @@
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from hf_vla.models.byte_tokenizer import byte_tokenizer
+from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
 from hf_vla.training.arguments import load_recipe
 
-RECIPE = Path(__file__).parents[2] / "scripts" / "recipes" / "spatialvla_tiny.yaml"
+RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
 
 
 @pytest.fixture(scope="session")
 def make_recipe(demos):
-    """The tiny recipe, made short: two episodes held out, four rows a step, a checkpoint every three steps."""
+    """A recipe, made short: two episodes held out, four rows a step, a checkpoint every three steps."""
 
-    def make(output_dir, **overrides):
+    def make(output_dir, recipe="spatialvla_tiny", **overrides):
         short = {
             "data.source": str(demos),
             "data.eval_episodes": [3, 7],
@@ -25,6 +30,26 @@ def make_recipe(demos):
             "training.save_steps": 3,
             "training.disable_tqdm": True,
         }
-        return load_recipe(RECIPE, short | {name.replace("__", "."): value for name, value in overrides.items()})
+        overrides = {name.replace("__", "."): value for name, value in overrides.items()}
+        return load_recipe(RECIPES / f"{recipe}.yaml", short | overrides)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small_head():
+    """Configuration of a diffusion head of few channels, instead of the published one's."""
+    return {"head_config": {"type": "diffusion", "denoiser": {"type": "conditional_unet1d", "down_dims": [16, 32]}}}
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory):
+    """A saved, untrained tiny vision-language model of transformers with its processor: no model of ours."""
+    config = TinyVLAConfig.from_preset("tiny").backbone_config
+    config.text_config.vocab_size = 260  # no room for readout tokens
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vlm")
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    image_processor = LlavaImageProcessorPil(size={"height": 84, "width": 84}, do_pad=True, do_center_crop=False)
+    LlavaProcessor(image_processor, byte_tokenizer(0)).save_pretrained(folder)
+    return folder

@@ -1,8 +1,10 @@
 import logging
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from hf_vla.training.callbacks import TimeLimit
+from hf_vla.training.callbacks import SeedOfProcess, TimeLimit
 from hf_vla.training.trainer import train
 
 
@@ -14,3 +16,14 @@ def test_a_time_limit_ends_the_training_and_still_saves(make_recipe, tmp_path, c
     assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "trainer_state.json").is_file()
     assert f'"global_step": {steps}' in (tmp_path / "trainer_state.json").read_text()
     assert ("Stopped at step 1 of 3 after 0 s." in caplog.text) == (seconds == 0.0)
+
+
+@pytest.mark.parametrize(("world_size", "seeds"), [(1, [100, 100]), (2, [7, 8])])
+def test_several_processes_draw_different_numbers(world_size, seeds):
+    drawn = []
+    for process in range(2):
+        torch.manual_seed(100)  # all alike, as the Trainer does
+        arguments = SimpleNamespace(world_size=world_size, process_index=process, seed=7)
+        SeedOfProcess().on_train_begin(arguments, None, None)
+        drawn.append(torch.rand(3).tolist())
+    assert drawn == [torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist() for seed in seeds]

@@ -18,7 +18,8 @@ from hf_vla.actions.spec import ActionSpec, GripperSpec
 from hf_vla.actions.tokenizers.gaussian_grid import transfer_embeddings
 from hf_vla.data.collator import VLACollator
 from hf_vla.data.lerobot import LeRobotEpisodes
-from hf_vla.training.trainer import VLATrainer, action_error, build, checkpoint_to_resume, open_dataset, train
+from hf_vla.training.builders.registry import build
+from hf_vla.training.trainer import VLATrainer, action_error, checkpoint_to_resume, open_dataset, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +53,7 @@ def test_three_steps_lower_the_loss_of_a_fixed_batch(make_recipe, tmp_path):
     trainer = VLATrainer(
         model=model,
         args=recipe.training,
-        data_collator=VLACollator(processor, "robosuite_demos", "agentview"),
+        data_collator=VLACollator(processor, "robosuite_demos", ["agentview"]),
         train_dataset=torch.utils.data.Subset(train_set, [0, 300, 600, 900]),
         processing_class=processor,
     )
@@ -85,7 +86,7 @@ def test_the_saved_grid_spec_and_camera_fit_the_dataset(run):
     assert state is None
     assert processor.action_codec.tokenizer.num_bins == (8, 16, 8, 8, 8, 8)
     focal = 48 / np.tan(np.radians(22.5))
-    np.testing.assert_allclose(processor.camera().intrinsics, [[focal, 0, 48], [0, focal, 48], [0, 0, 1]])
+    np.testing.assert_allclose(processor.camera_specs()[0].intrinsics, [[focal, 0, 48], [0, focal, 48], [0, 0, 1]])
     # The gripper's two values survive the grid; the other dimensions as well as its cells are fine.
     chunk = np.zeros((4, 7))
     chunk[:, 6] = [-1, 1, 1, -1]
@@ -133,6 +134,7 @@ KILLED = """
 import os, signal, sys
 from transformers.trainer_callback import TrainerState
 from hf_vla.training.arguments import parse_recipe
+from hf_vla.training.builders.registry import build
 from hf_vla.training.trainer import train
 
 save = TrainerState.save_to_json
@@ -194,7 +196,7 @@ def test_a_checkpoint_that_lacks_weights_is_not_resumed(run, make_recipe, tmp_pa
         ({"model__grid__distribution": "quantile"}, "The recipe gives another action_config than"),
         ({"data__chunk_size": 2}, "The recipe gives another action_config than"),
         ({"data__action__frame": "camera"}, "ActionSpec of the checkpoint .* frame: .* 'base', the recipe 'camera'"),
-        ({"data__camera__fovy": 60}, "CameraSpec of the checkpoint .* and of the recipe differ in intrinsics"),
+        ({"data__cameras__0__fovy": 60}, "CameraSpec of the checkpoint .* and of the recipe differ in intrinsics"),
     ],
 )
 def test_a_run_is_resumed_for_the_same_robot_only(run, make_recipe, tmp_path, overrides, message):
@@ -215,7 +217,7 @@ def test_a_gripper_that_is_not_the_datasets_is_an_error(make_recipe, tmp_path):
     ("overrides", "message"),
     [
         ({"data__action__gripper": None}, "grid ends in a gripper: give data.action.gripper"),
-        ({"data__camera__fovy": None}, "give data.camera.fovy or data.camera.intrinsics"),
+        ({"data__cameras__0__fovy": None}, "give fovy or intrinsics of the camera in data.cameras"),
         ({"model__grid__num_bins": [8, 8, 8]}, r"the dataset's actions have 7, model.grid.num_bins \[8, 8, 8\]"),
         ({"data__action__rotation": "quaternion_xyzw"}, "take 8 numbers; the action has 7"),
     ],
@@ -232,7 +234,10 @@ def test_actions_without_rotation(make_recipe, tmp_path):
         "data__eval_episodes": [1],
         "data__action__rotation": None,
     }
-    overrides |= {"data__camera__name": "corner4", "data__action__gripper": {"index": 3, "open": -1.0, "closed": 1.0}}
+    overrides |= {
+        "data__cameras__0__name": "corner4",
+        "data__action__gripper": {"index": 3, "open": -1.0, "closed": 1.0},
+    }
     train(make_recipe(tmp_path, **overrides, model__grid__num_bins=[4, 8, 4], training__max_steps=2))
     model = AutoModel.from_pretrained(tmp_path)
     assert model.config.action_block_sizes == [128, 2] and model.config.chunk_size == 4
@@ -250,7 +255,7 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(make_recipe, tmp_pat
     recipe = make_recipe(tmp_path)
     dataset, train_set, _ = open_dataset(recipe.data)
     model, processor = build(recipe, dataset, train_set)
-    collate = VLACollator(processor, "robosuite_demos", "agentview")
+    collate = VLACollator(processor, "robosuite_demos", ["agentview"])
     end = int(dataset.episode_starts[1])
     items = [dataset[row] for row in (0, 1, end - 1, end - 2)]
     assert items[2]["action_is_pad"].sum() == 3
@@ -342,3 +347,65 @@ def test_launched_as_the_readme_says(make_recipe, tmp_path, demos, launcher):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "eval_action_error_translation" in done.stdout
     assert AutoProcessor.from_pretrained(tmp_path).action_codec.chunk_size == 4
+
+
+@pytest.fixture(scope="module")
+def tinyvla_run(make_recipe, tmp_path_factory):
+    """Two steps of a head that draws noise, in training and in prediction."""
+    folder = tmp_path_factory.mktemp("tinyvla")
+    options = {"training__max_steps": 2, "training__save_steps": 2, "data__eval_episodes": [3]}
+    return folder, train(make_recipe(folder, "tinyvla_tiny", **options))
+
+
+def tinyvla_trainer(make_recipe, folder):
+    recipe = make_recipe(folder, "tinyvla_tiny", data__eval_episodes=[3])
+    dataset, train_set, eval_set = open_dataset(recipe.data)
+    model, processor = build(recipe, dataset, train_set)
+    return VLATrainer(
+        model=model,
+        args=recipe.training,
+        data_collator=VLACollator(processor, "robosuite_demos", ["agentview", "wrist"], with_state=True),
+        eval_dataset=torch.utils.data.Subset(eval_set, range(0, 40, 8)),
+        processing_class=processor,
+    )
+
+
+def test_evaluations_of_a_head_that_draws_noise_repeat_and_leave_training_alone(make_recipe, tmp_path):
+    trainer = tinyvla_trainer(make_recipe, tmp_path)
+    torch.manual_seed(1)
+    first, drawn = trainer.evaluate(), torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(3), drawn)
+    second = trainer.evaluate()
+    assert {name: first[name] for name in ("eval_loss", "eval_action_error")} == {
+        name: second[name] for name in ("eval_loss", "eval_action_error")
+    }
+    other = trainer.model.predict_action(
+        **trainer.data_collator.prompts([trainer.eval_dataset[0]])["inputs"],
+        generator=torch.Generator().manual_seed(5),
+    )
+    again = trainer.model.predict_action(**trainer.data_collator.prompts([trainer.eval_dataset[0]])["inputs"])
+    assert not torch.equal(other.actions, again.actions)  # it does draw
+
+
+def test_a_continuous_head_is_evaluated_by_loss_and_action_error(tinyvla_run):
+    metrics = tinyvla_run[1]
+    assert np.isfinite([metrics["eval_loss"], metrics["eval_action_error_gripper"]]).all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data__cameras": [{"name": "wrist"}, {"name": "agentview"}]}, "CameraSpec of .* differ in name"),
+        ({"data__cameras": [{"name": "agentview"}]}, "The recipe gives another camera_config than"),
+        ({"data__state__frame": "camera"}, "StateSpec of .* frame: .* 'base', the recipe 'camera'"),
+        ({"data__state": None}, "The recipe gives another statistics than"),
+    ],
+)
+def test_a_run_with_cameras_and_state_is_resumed_with_the_same_ones(
+    tinyvla_run, make_recipe, tmp_path, overrides, message
+):
+    shutil.copytree(tinyvla_run[0] / "checkpoint-2", tmp_path / "checkpoint-2")
+    options = {"data__eval_episodes": [3], "training__resume_from_checkpoint": True}
+    with pytest.raises(ValueError, match=message):
+        train(make_recipe(tmp_path, "tinyvla_tiny", **options, **overrides))

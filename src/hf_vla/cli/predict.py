@@ -8,7 +8,12 @@ import typer
 
 def predict(
     model: Annotated[str, typer.Option(help="Checkpoint: a folder, or a name on the Hub.")],
-    image: Annotated[Path, typer.Option(help="Picture from the checkpoint's camera.", exists=True, dir_okay=False)],
+    image: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]FILE", help="Picture from the checkpoint's camera; of several cameras NAME=FILE for each."
+        ),
+    ],
     text: Annotated[str, typer.Option(help='Instruction, such as "pick up the red cube".')],
     state: Annotated[
         str | None, typer.Option(help="The robot's state, '0.1 0.2 ...', where the checkpoint needs it.")
@@ -17,6 +22,7 @@ def predict(
         str | None, typer.Option(help="Dataset whose robot acts, where the checkpoint knows several.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of the chunk to this file.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes heads that draw noise repeatable.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: the accelerator.")] = None,
 ):
     """Predict the robot actions for an image and an instruction."""
@@ -29,21 +35,56 @@ def predict(
     suffixes = (".png", ".jpg", ".pdf", ".svg")
     if plot is not None and (plot.suffix not in suffixes or not plot.absolute().parent.is_dir()):
         raise ValueError(f"Expected --plot to be a file {suffixes} in an existing folder, came {str(plot)!r}.")
-    with Image.open(image) as file:
-        picture = ImageOps.exif_transpose(file)
-    policy = Policy.from_pretrained(model, unnorm_key=unnorm_key, device=device)
-    camera = policy.camera.name if policy.camera and policy.camera.name else "image"
-    observation = {IMAGES + camera: picture, TASK: text}
+    files = parse_images(image)
+    policy = Policy.from_pretrained(model, unnorm_key=unnorm_key, device=device, seed=seed)
+    observation = {TASK: text}
+    for camera, path in name_cameras(files, policy.cameras).items():
+        with Image.open(path) as file:
+            observation[IMAGES + camera] = ImageOps.exif_transpose(file)
+    picture = next(value for key, value in observation.items() if key.startswith(IMAGES))
     if state is not None:
+        if not policy.takes_state:
+            raise ValueError("This checkpoint takes no state: leave --state out.")
         observation[STATE] = parse_numbers(state)
     chunk = policy.predict_chunk(observation)
     console = Console()
-    if state is not None and policy.state_spec is None:
-        console.print("[yellow]Note:[/] this checkpoint takes no state; --state was not used.")
     console.print(chunk_table(chunk, policy.action_spec, title=f"{text} ({policy.unnorm_key})"))
     if plot is not None:
         plot_chunk(chunk, policy.action_spec, picture, title=text).savefig(plot)
         console.print(f"Wrote {plot}", highlight=False)
+
+
+def parse_images(values):
+    """Read `NAME=FILE`, or one FILE, into camera's name (None) -> path.
+
+    Raises:
+        typer.BadParameter: a file does not exist, several are not named, or a name comes twice.
+    """
+    files = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or Path(value).is_file():  # a file's name may hold the sign
+            name, path = None, value
+        if not Path(path).is_file():
+            raise typer.BadParameter(f"File {path!r} does not exist.", param_hint="--image")
+        if name in files or (len(values) > 1 and not name):
+            raise typer.BadParameter(f"Of several pictures, name each once: NAME={path}.", param_hint="--image")
+        files[name or None] = path
+    return files
+
+
+def name_cameras(files, cameras):
+    """Give a picture without a name to the checkpoint's only camera.
+
+    Raises:
+        ValueError: there are several cameras, or none of the name given.
+    """
+    declared = [camera.name for camera in cameras if camera.name is not None]
+    if None in files and len(declared) > 1:
+        raise ValueError(f"This checkpoint looks through the cameras {declared}: give --image NAME=FILE for each.")
+    if unknown := sorted(set(files) - {None, *declared}) if declared else []:
+        raise ValueError(f"This checkpoint has no camera {', '.join(unknown)}, only {', '.join(declared)}.")
+    return {name or (declared or ["image"])[0]: path for name, path in files.items()}
 
 
 def parse_numbers(text):

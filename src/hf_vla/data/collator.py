@@ -13,15 +13,17 @@ class VLACollator:
     Args:
         processor: a processor of this library; called with `images, text, unnorm_key, actions, action_mask`.
         unnorm_key (`str`, *optional*): the dataset whose statistics normalise the actions.
-        camera (`str`): the camera to look through, with or without `observation.images.`.
+        cameras (`Sequence[str]`): the cameras to look through, with or without `observation.images.`. The processor
+            gets a picture for each sample; of several cameras a dictionary, camera's name -> picture.
         with_state (`bool`, defaults to `False`): also hand over `observation.state`.
-
     """
 
-    def __init__(self, processor, unnorm_key: str | None, camera: str, with_state: bool = False):
+    def __init__(self, processor, unnorm_key: str | None, cameras: Sequence[str], with_state: bool = False):
         self.processor = processor
         self.unnorm_key = unnorm_key
-        self.camera = schema.camera_key(camera)
+        if isinstance(cameras, str) or not cameras:
+            raise ValueError(f"Expected a list of cameras, one or more, came {cameras!r}.")
+        self.camera_keys = [schema.camera_key(camera) for camera in cameras]
         self.with_state = with_state
 
     def __call__(self, items: Sequence[dict]):
@@ -38,7 +40,8 @@ class VLACollator:
         return {**self._targets(items), "inputs": dict(self._process(items))}
 
     def _targets(self, items):
-        needed = [self.camera, schema.ACTION, schema.ACTION + schema.PAD_SUFFIX] + [schema.STATE] * self.with_state
+        needed = [*self.camera_keys, schema.ACTION, schema.ACTION + schema.PAD_SUFFIX]
+        needed += [schema.STATE] * self.with_state
         missing = [key for key in needed if key not in items[0]]
         if missing:
             raise ValueError(
@@ -54,10 +57,15 @@ class VLACollator:
     def _process(self, items, **targets):
         state = {"state": torch.stack([item[schema.STATE] for item in items])} if self.with_state else {}
         return self.processor(
-            images=[item[self.camera] for item in items],
+            images=[self._pictures(item) for item in items],
             text=[item[schema.TASK] for item in items],
             unnorm_key=self.unnorm_key,
             return_tensors="pt",
             **targets,
             **state,
         )
+
+    def _pictures(self, item):
+        if len(self.camera_keys) == 1:
+            return item[self.camera_keys[0]]
+        return {key.removeprefix(schema.IMAGES): item[key] for key in self.camera_keys}

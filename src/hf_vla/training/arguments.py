@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -14,21 +14,22 @@ from huggingface_hub.dataclasses import type_validator
 from transformers import TrainingArguments
 
 from hf_vla.actions.spec import GripperSpec
+from hf_vla.data import schema
 
 
 @dataclass
 class LoraArguments:
-    """LoRA; the defaults are SpatialVLA's published ones.
+    """LoRA; where nothing is said, the family's published values, see [`~hf_vla.training.lora.PUBLISHED`].
 
     Args:
-        r (`int`): rank.
-        alpha (`int`): scale; the update is multiplied by alpha / r.
-        dropout (`float`): dropout before the adapter.
+        r (`int`, *optional*): rank.
+        alpha (`int`, *optional*): scale; the update is multiplied by alpha / r.
+        dropout (`float`, *optional*): dropout before the adapter.
     """
 
-    r: int = 32
-    alpha: int = 32
-    dropout: float = 0.0
+    r: int | None = None
+    alpha: int | None = None
+    dropout: float | None = None
 
 
 @dataclass
@@ -49,19 +50,27 @@ class GridArguments:
 
 @dataclass
 class ModelArguments:
-    """Which model to train: a new one of a preset size, or a pretrained checkpoint.
+    """Which model to train: a new one of a preset size, a pretrained checkpoint, or a new head on a pretrained VLM.
 
     Args:
-        preset (`str`, *optional*): size of a new model, "tiny" or "4b".
-        path (`str`, *optional*): folder or Hub name of a checkpoint. Its text embedding stays frozen, as published.
+        family (`str`, *optional*): model type of a new model, see `hf_vla.training.builders.registry`; a checkpoint
+            knows its own.
+        preset (`str`, *optional*): size of a new model, "tiny" for example.
+        path (`str`, *optional*): folder or Hub name of a checkpoint of this library.
+        backbone (`str`, *optional*): folder or Hub name of a vision-language model that gets a new action head, in
+            families that take any.
+        config (`dict`, *optional*): fields of the family's configuration that replace a new model's own.
         dtype (`str`): of the weights, "float32" or "bfloat16".
-        grid (`GridArguments`, *optional*): the grid to fit, for a preset or with `adapt_grid`.
+        grid (`GridArguments`, *optional*): SpatialVLA's grid to fit, for a preset or with `adapt_grid`.
         adapt_grid (`bool`): fit a checkpoint's grid anew to this dataset and move its spatial embeddings along.
         lora (`LoraArguments`, *optional*): train adapters instead of the weights.
     """
 
+    family: str | None = None
     preset: str | None = None
     path: str | None = None
+    backbone: str | None = None
+    config: dict[str, Any] | None = None
     dtype: str = "float32"
     grid: GridArguments | None = None
     adapt_grid: bool = False
@@ -70,19 +79,26 @@ class ModelArguments:
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"Expected model.dtype float32 or bfloat16, came {self.dtype!r}.")
-        if (self.preset is None) == (self.path is None):
-            raise ValueError(f"Expected model.preset or model.path, came preset={self.preset!r}, path={self.path!r}.")
+        sources = {name: getattr(self, name) for name in ("preset", "path", "backbone")}
+        if sum(source is not None for source in sources.values()) != 1:
+            came = ", ".join(f"{name}={source!r}" for name, source in sources.items())
+            raise ValueError(f"Expected one of model.preset, model.path and model.backbone, came {came}.")
+        if self.path is None and self.family is None:
+            raise ValueError("A new model is of a family: give model.family, such as spatialvla or tinyvla.")
         if self.preset is not None and (self.adapt_grid or self.lora is not None):
             raise ValueError(
-                "model.adapt_grid and model.lora build on a checkpoint: give model.path, no model.preset."
+                "model.adapt_grid and model.lora build on pretrained weights: give model.path or model.backbone, no "
+                "model.preset."
             )
         if self.path is not None and self.grid is not None and not self.adapt_grid:
             raise ValueError("A checkpoint keeps its own grid: leave model.grid out, or set model.adapt_grid: true.")
+        if self.path is not None and self.config:
+            raise ValueError("A checkpoint keeps its own configuration: leave model.config out.")
 
 
 @dataclass
 class CameraArguments:
-    """The camera to look through and its calibration.
+    """A camera to look through and its calibration.
 
     Args:
         name (`str`): with or without `observation.images.`.
@@ -96,9 +112,9 @@ class CameraArguments:
 
     def __post_init__(self):
         if self.fovy is not None and self.intrinsics is not None:
-            raise ValueError("Expected data.camera.fovy or data.camera.intrinsics, came both.")
+            raise ValueError("Expected fovy or intrinsics of a camera, came both.")
         if self.fovy is not None and not 0 < self.fovy < 180:
-            raise ValueError(f"Expected data.camera.fovy between 0 and 180 degrees, came {self.fovy}.")
+            raise ValueError(f"Expected a camera's fovy between 0 and 180 degrees, came {self.fovy}.")
 
 
 @dataclass
@@ -112,13 +128,22 @@ class ActionArguments:
 
 
 @dataclass
+class StateArguments:
+    """What the robot's state means, see [`~hf_vla.actions.spec.StateSpec`]; names come from the dataset."""
+
+    rotation: str | None = None
+    frame: str | None = None
+
+
+@dataclass
 class DataArguments:
     """The dataset.
 
     Args:
         source (`str`): folder or Hub name of a LeRobot dataset.
-        camera (`CameraArguments`): the camera to look through.
+        cameras (`list[CameraArguments]`): the cameras to look through, in the order in which the model sees them.
         action (`ActionArguments`): what the actions mean.
+        state (`StateArguments`, *optional*): what the robot's state means; without it the model sees no state.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         unnorm_key (`str`, *optional*): the dataset's name in the checkpoint; the last part of `source` by default.
         chunk_size (`int`): actions that one prediction holds.
@@ -126,14 +151,18 @@ class DataArguments:
     """
 
     source: str
-    camera: CameraArguments
+    cameras: list[CameraArguments]
     action: ActionArguments
+    state: StateArguments | None = None
     revision: str | None = None
     unnorm_key: str | None = None
     chunk_size: int = 4
     eval_episodes: list[int] = field(default_factory=list)
 
     def __post_init__(self):
+        names = [schema.camera_key(camera.name) for camera in self.cameras]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"Expected data.cameras to name one camera or more, each once, came {names}.")
         self.unnorm_key = self.unnorm_key or Path(self.source).name
 
 
@@ -144,12 +173,15 @@ class VLATrainingArguments(TrainingArguments):
     Args:
         eval_action_samples (`int`): frames, evenly spread over the held-out episodes, on which an evaluation predicts
             actions and compares them with the recorded ones.
+        full_learning_rate (`float`, *optional*): with `model.lora`, of what is trained in full beside the adapters
+            (action head, projector), whose own is `learning_rate`; the same for both by default.
         resume_from_checkpoint (`bool` or `str`, *optional*): true goes on from the last complete checkpoint in
             `output_dir`, if there is one; a folder from that one.
     """
 
     output_dir: str = "outputs/train"
     eval_action_samples: int = 64
+    full_learning_rate: float | None = None
     resume_from_checkpoint: bool | str | None = None
     remove_unused_columns: bool = False  # the collator, not the model, knows which columns it needs
     prediction_loss_only: bool = True  # logits over the vocabulary would fill the memory
@@ -182,12 +214,13 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         *sections, last = name.split(".")
         section = values
         for part in sections:
-            if section.get(part) is None:
-                section[part] = {}
-            section = section[part]
-            if not isinstance(section, dict):
+            place = _place(section, part, name)
+            if isinstance(section, dict) and section.get(place) is None:
+                section[place] = {}
+            section = section[place]
+            if not isinstance(section, (dict, list)):
                 raise ValueError(f"{name}: {part!r} is a value, not a section with names in it.")
-        section[last] = value
+        section[_place(section, last, name)] = value
     return _build(Recipe, values, "")
 
 
@@ -228,6 +261,15 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _place(section, part, name):
+    """Key of a section, or index of a list: `data.cameras.0.fovy`."""
+    if isinstance(section, dict):
+        return part
+    if not part.isdigit() or int(part) >= len(section):
+        raise ValueError(f"{name}: expected a place from 0 to {len(section) - 1} in the list, came {part!r}.")
+    return int(part)
+
+
 def _build(cls, values, where):
     if not isinstance(values, dict):
         raise ValueError(f"{where or 'The recipe'}: expected names with values, came {values!r}.")
@@ -249,6 +291,10 @@ def _build(cls, values, where):
 def _value(hint, value, name):
     kinds = get_args(hint) or (hint,)
     section = next((kind for kind in kinds if is_dataclass(kind)), None)
+    if section is not None and get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{name}: expected a list, came {value!r}.")
+        return [_build(section, item, f"{name}.{place}") for place, item in enumerate(value)]
     if section is not None and value is not None:
         return _build(section, value, name)
     if float in kinds and type(value) is int:

@@ -1,6 +1,8 @@
-"""LoRA for SpatialVLA with the published targets."""
+"""LoRA with the published targets of each family."""
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -8,43 +10,98 @@ from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-TARGETS = [
-    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),  # language model
-    *("fc1", "fc2", "out_proj"),  # vision tower
-    *("linear", "position_embedding_head.0", "position_embedding_head.3"),  # projector, Ego3D encoding
-]
-# Parts of the frozen depth model bear the names of targets as well.
-EXCLUDED = r"vision_zoe_model\..*"
 SPATIAL_EMBEDDING = "spatial_embed_tokens"
+# What vision-language models of transformers call the layers between vision tower and language model.
+PROJECTORS = ("multi_modal_projector", "connector", "merger")
+
+
+@dataclass(frozen=True)
+class LoraRecipe:
+    """Where a family's adapters sit, and how they are trained.
+
+    Args:
+        r (`int`), alpha (`int`), dropout (`float`): see [`~hf_vla.training.arguments.LoraArguments`].
+        targets (`list[str]` or `str`): ends of the layers' names, or "all-linear".
+        excluded (`str`): regular expression of whole names that get none all the same.
+        in_full (`tuple[str, ...]`): modules trained whole and saved with the adapter, as far as a model has them.
+        init (`bool` or `str`): of the adapters, see peft's `init_lora_weights`.
+    """
+
+    r: int
+    alpha: int
+    dropout: float
+    targets: list[str] | str
+    excluded: str
+    in_full: tuple[str, ...] = ()
+    init: bool | str = True
+
+
+PUBLISHED = {
+    "spatialvla": LoraRecipe(
+        r=32,
+        alpha=32,
+        dropout=0.0,
+        targets=[
+            *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),  # language model
+            *("fc1", "fc2", "out_proj"),  # vision tower
+            *("linear", "position_embedding_head.0", "position_embedding_head.3"),  # projector, Ego3D encoding
+        ],
+        excluded=r"vision_zoe_model\..*",  # parts of the frozen depth model bear the names of targets as well
+        init="gaussian",
+    ),
+    "tinyvla": LoraRecipe(
+        r=64,
+        alpha=256,
+        dropout=0.05,
+        targets="all-linear",  # of vision tower and language model
+        excluded=rf"action_head\..*|lm_head|(.*\.)?({'|'.join(PROJECTORS)})(\..*)?",
+        in_full=("action_head", *PROJECTORS),
+    ),
+}
 
 
 def add_lora(
-    model: PreTrainedModel, r: int = 32, alpha: int = 32, dropout: float = 0.0, train_spatial_embedding: bool = False
+    model: PreTrainedModel,
+    r: int | None = None,
+    alpha: int | None = None,
+    dropout: float | None = None,
+    in_full: Sequence[str] = (),
 ) -> PeftModel:
     """Freeze a model and give it trainable adapters.
 
     Args:
         model (`PreTrainedModel`): loaded from a checkpoint.
         r (`int`), alpha (`int`), dropout (`float`): see [`~hf_vla.training.arguments.LoraArguments`].
-        train_spatial_embedding (`bool`): train the spatial embedding whole and save it with the adapter; needed where
-            it was adapted to another grid than the checkpoint's.
+        in_full (`Sequence[str]`): modules that are trained whole beside the family's own, and saved with the adapter;
+            SpatialVLA's spatial embedding where it was adapted to another grid than the checkpoint's.
 
     Returns:
         `PeftModel`: the adapters, which `save_pretrained` saves, around the same model.
 
-    Source: SpatialVLA's fine-tuning scripts (rank 32, alpha 32, Gaussian initialisation).
+    Raises:
+        ValueError: nothing is published for this family.
+
+    Source: SpatialVLA's fine-tuning scripts (rank 32, alpha 32, Gaussian initialisation); TinyVLA's (rank 64, alpha
+    256, dropout 0.05; action head and projector trained in full).
     """
+    family = model.config.model_type
+    if family not in PUBLISHED:
+        raise ValueError(f"No LoRA targets are published for {family!r}, only for {sorted(PUBLISHED)}.")
+    recipe = PUBLISHED[family]
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=TARGETS,
-        exclude_modules=EXCLUDED,
-        init_lora_weights="gaussian",
-        modules_to_save=[SPATIAL_EMBEDDING] if train_spatial_embedding else None,
+        r=recipe.r if r is None else r,
+        lora_alpha=recipe.alpha if alpha is None else alpha,
+        lora_dropout=recipe.dropout if dropout is None else dropout,
+        target_modules=recipe.targets,
+        exclude_modules=recipe.excluded,
+        init_lora_weights=recipe.init,
+        modules_to_save=[name for name in (*recipe.in_full, *in_full) if name in names] or None,
     )
     adapted = get_peft_model(model, config)
-    trainable, total = adapted.get_nb_trainable_parameters()
+    # peft keeps an untrained twin of what is trained in full, which is part of no model
+    own = [parameter for name, parameter in adapted.named_parameters() if "original_module" not in name]
+    total, trainable = (sum(each.numel() for each in own if each.requires_grad >= least) for least in (False, True))
     logger.info("LoRA trains %d of %d parameters (%.2f %%).", trainable, total, 100 * trainable / total)
     return adapted
 
@@ -52,14 +109,14 @@ def add_lora(
 def load_adapter(model: PreTrainedModel, path: str | Path) -> None:
     """Load an adapter into its model, in our layout or the published one, ready for inference.
 
-    Published adapters name the vision tower's parts as older versions of transformers did, and their target names
-    also match the depth model, which has no adapters in them.
+    Published SpatialVLA adapters name the vision tower's parts as older versions of transformers did, and their target
+    names also match the depth model, which has no adapters in them.
 
     Raises:
         ValueError: the adapter lacks weights, or holds some that the model has no place for.
     """
     config = PeftConfig.from_pretrained(str(path))
-    config.exclude_modules = EXCLUDED
+    config.exclude_modules = PUBLISHED[model.config.model_type].excluded
     info = model.load_adapter(str(path), peft_config=config)
     wrong = sorted(map(str, [*info.missing_keys, *info.unexpected_keys, *info.mismatched_keys]))
     if wrong:

@@ -3,27 +3,22 @@
 import inspect
 import json
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
-from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, set_seed
+from transformers import AutoProcessor, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_vla.actions.codec import ActionCodec
-from hf_vla.actions.spec import ActionSpec, CameraSpec, GripperSpec
-from hf_vla.actions.statistics import ActionStatistics
-from hf_vla.actions.tokenizers.gaussian_grid import NUM_BINS, GaussianGridTokenizer
+from hf_vla.actions.spec import ActionSpec
 from hf_vla.data import schema
 from hf_vla.data.collator import VLACollator
 from hf_vla.data.lerobot import LeRobotEpisodes, local_folder
-from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
-from hf_vla.models.spatialvla.modeling_spatialvla import SpatialVLAForConditionalGeneration
-from hf_vla.models.spatialvla.processing_spatialvla import SpatialVLAProcessor
-from hf_vla.training.arguments import CameraArguments, DataArguments, GridArguments, ModelArguments, Recipe
+from hf_vla.training.arguments import DataArguments, Recipe
+from hf_vla.training.builders.registry import build
+from hf_vla.training.callbacks import SeedOfProcess
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +29,11 @@ class VLATrainer(Trainer):
     `processing_class` is the processor, `data_collator` a [`~hf_vla.data.collator.VLACollator`]. Metrics are in robot
     units, see [`action_error`], over `args.eval_action_samples` frames of the evaluation set.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # The Trainer evaluates the loss of batches with labels only, and looks for arguments called so.
+        self.label_names = self.label_names or ["actions"]
 
     def _issue_warnings_after_load(self, load_result):
         """Raise where the Trainer only warns: a weight that a checkpoint lacks would stay random."""
@@ -52,10 +52,31 @@ class VLATrainer(Trainer):
             inputs = {**inputs, "logits_to_keep": 1}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def create_optimizer(self, model=None):
+        """Give what is trained in full beside adapters its own learning rate, where the arguments name one."""
+        is_new, rate = self.optimizer is None, self.args.full_learning_rate
+        optimizer = super().create_optimizer(model)
+        if is_new and rate is not None:
+            named = (self.model if model is None else model).named_parameters()
+            adapters = {id(parameter) for name, parameter in named if "lora_" in name}
+            groups, optimizer.param_groups = optimizer.param_groups, []
+            for group in groups:
+                for in_full, learning_rate in ((False, group["lr"]), (True, rate)):
+                    members = [each for each in group["params"] if (id(each) not in adapters) == in_full]
+                    if members:
+                        optimizer.add_param_group({**group, "params": members, "lr": learning_rate})
+        return optimizer
+
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Add the action errors to the loss that the Trainer computes."""
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        errors = self.action_errors(dataloader.dataset)
+        """Add the action errors to the loss that the Trainer computes.
+
+        Heads that draw noise draw the same in every evaluation, and leave the training's random numbers alone.
+        """
+        device = self.args.device
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            torch.manual_seed(self.args.seed)
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            errors = self.action_errors(dataloader.dataset)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in errors.items()})
         return output
 
@@ -119,17 +140,23 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     Raises:
         ValueError: the recipe, the dataset and the checkpoint do not fit together.
     """
+    data = recipe.data
+    if recipe.training.full_learning_rate is not None and recipe.model.lora is None:
+        raise ValueError(
+            "training.full_learning_rate is that of what is trained beside adapters: give model.lora, or leave it out."
+        )
     set_seed(recipe.training.seed)  # a new model's weights
-    dataset, train_set, eval_set = open_dataset(recipe.data)
+    dataset, train_set, eval_set = open_dataset(data)
     model, processor = build(recipe, dataset, train_set)
+    cameras = [camera.name for camera in data.cameras]
     trainer = VLATrainer(
         model=model,
         args=recipe.training,
-        data_collator=VLACollator(processor, recipe.data.unnorm_key, recipe.data.camera.name),
+        data_collator=VLACollator(processor, data.unnorm_key, cameras, with_state=data.state is not None),
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=processor,
-        callbacks=[*callbacks],
+        callbacks=[SeedOfProcess(), *callbacks],
     )
     checkpoint = checkpoint_to_resume(recipe.training)
     if checkpoint is not None:
@@ -153,7 +180,9 @@ def open_dataset(data: DataArguments) -> tuple[LeRobotEpisodes, Subset, Subset |
     """
     fps = schema.read_info(local_folder(data.source, data.revision)).fps
     deltas = {schema.ACTION: [step / fps for step in range(data.chunk_size)]}
-    dataset = LeRobotEpisodes(data.source, deltas, cameras=[data.camera.name], revision=data.revision)
+    dataset = LeRobotEpisodes(
+        data.source, deltas, cameras=[camera.name for camera in data.cameras], revision=data.revision
+    )
     known = {episode.index for episode in dataset.episodes}
     unknown = sorted(set(data.eval_episodes) - known)
     if unknown or known == set(data.eval_episodes):
@@ -164,136 +193,6 @@ def open_dataset(data: DataArguments) -> tuple[LeRobotEpisodes, Subset, Subset |
     held_out = np.isin(dataset.column("episode_index"), data.eval_episodes)
     train_set = Subset(dataset, np.flatnonzero(~held_out).tolist())
     return dataset, train_set, Subset(dataset, np.flatnonzero(held_out).tolist()) if held_out.any() else None
-
-
-def build(recipe: Recipe, dataset: LeRobotEpisodes, train_set: Subset):
-    """Make or load the model, and the processor that knows the dataset's statistics, grid, robot and camera.
-
-    Returns:
-        `tuple`: the model, with adapters where the recipe asks for them, and the processor.
-    """
-    data, arguments = recipe.data, recipe.model
-    actions = dataset.column(schema.ACTION)[train_set.indices]
-    statistics = ActionStatistics()
-    statistics.update(actions)
-    entry = {
-        "action": statistics.to_dict(),
-        "num_trajectories": len(np.unique(dataset.column("episode_index")[train_set.indices])),
-        "num_transitions": len(actions),
-    }
-    spec = action_spec(data, dataset)
-    if spec.gripper is None:
-        raise ValueError("SpatialVLA's grid ends in a gripper: give data.action.gripper with index, open and closed.")
-    _check_gripper(spec.gripper, actions[:, spec.gripper.index])
-    modes = ["quantile"] * len(spec.names)
-    modes[spec.gripper.index] = "zero_one"
-    action_config = {
-        "chunk_size": data.chunk_size,
-        "normalization": {"mode": modes, "clip": True, "convention": "spatialvla"},
-        "tokenizer": None,
-        "specs": {data.unnorm_key: {"action": spec.to_dict(), "state": None}},
-    }
-    dictionaries = {
-        "statistics": {data.unnorm_key: entry},
-        "action_config": action_config,
-        "camera_config": {data.unnorm_key: camera_spec(data.camera, dataset).to_dict()},
-    }
-    codec = ActionCodec(dictionaries["statistics"], action_config)
-    normalized_actions = codec.normalizer(data.unnorm_key).normalize(actions)
-    make = _new if arguments.preset is not None else _pretrained
-    model, processor = make(arguments, normalized_actions, dictionaries)
-    if model.config.use_ego3d and processor.camera(data.unnorm_key).intrinsics is None:
-        raise ValueError("This model encodes 3-D positions: give data.camera.fovy or data.camera.intrinsics.")
-    return model, processor
-
-
-def _check_gripper(gripper: GripperSpec, values: np.ndarray) -> None:
-    low, high = sorted((gripper.open, gripper.closed))
-    if values.min() < low - 1e-6 or values.max() > high + 1e-6:
-        raise ValueError(
-            f"The recipe says that the gripper (action {gripper.index}) goes from {low} to {high}, the dataset's goes "
-            f"from {values.min():g} to {values.max():g}: mend data.action.gripper."
-        )
-
-
-def _new(arguments: ModelArguments, normalized_actions, dictionaries):
-    """Untrained model whose vocabulary has room for the grid."""
-    grid = _fit(normalized_actions, arguments.grid or GridArguments(), NUM_BINS)
-    dictionaries["action_config"]["tokenizer"] = {"type": "gaussian_grid", **grid.to_dict()}
-    preset = SpatialVLAConfig.from_preset(arguments.preset)
-    config = SpatialVLAConfig.from_preset(
-        arguments.preset,
-        chunk_size=dictionaries["action_config"]["chunk_size"],
-        spatial_token_num=grid.vocab_size,
-        action_block_sizes=[end - start for _, start, end in grid.blocks],
-        text_config=preset.text_config.to_dict() | {"vocab_size": preset.action_token_begin_idx + grid.vocab_size},
-    )
-    model = SpatialVLAForConditionalGeneration(config).to(getattr(torch, arguments.dtype))
-    return model, SpatialVLAProcessor.from_scratch(config, **dictionaries)
-
-
-def _pretrained(arguments: ModelArguments, normalized_actions, dictionaries):
-    """Checkpoint that keeps its weights, tokenizer and, unless it is adapted, its grid, but speaks for our dataset."""
-    if (Path(arguments.path) / "adapter_config.json").is_file():
-        raise ValueError(
-            f"model.path {arguments.path!r} is an adapter, which a new training would drop: resume its own run, or "
-            "merge it into its base model (PeftModel.merge_and_unload), save that with its processor and name it here."
-        )
-    # An adapter remembers its checkpoint by this name: a folder's must not depend on where one stands.
-    path = str(Path(arguments.path).resolve()) if Path(arguments.path).is_dir() else arguments.path
-    model, pretrained = AutoModel.from_pretrained(path, dtype=arguments.dtype), AutoProcessor.from_pretrained(path)
-    grid = source = pretrained.action_codec.tokenizer
-    if arguments.adapt_grid:
-        grid = _fit(normalized_actions, arguments.grid or GridArguments(), source.num_bins, source.use_spherical)
-        model.adapt_spatial_embeddings(source, grid)
-    dictionaries["action_config"]["tokenizer"] = {"type": "gaussian_grid", **grid.to_dict()}
-    chunk_size = dictionaries["action_config"]["chunk_size"]
-    processor = type(pretrained)(pretrained.image_processor, pretrained.tokenizer, **dictionaries)
-    if arguments.lora is not None:
-        from hf_vla.training.lora import add_lora  # takes seconds to import
-
-        if chunk_size != model.config.chunk_size:
-            raise ValueError(
-                f"An adapter shares its checkpoint's config: expected data.chunk_size {model.config.chunk_size}, "
-                f"came {chunk_size}."
-            )
-        lora = arguments.lora
-        return add_lora(model, lora.r, lora.alpha, lora.dropout, arguments.adapt_grid), processor
-    model.config.chunk_size = chunk_size
-    if model.config.use_spatial_token:
-        model.get_input_embeddings().requires_grad_(False)
-    return model, processor
-
-
-def _fit(normalized_actions, grid: GridArguments, num_bins, use_spherical: bool = True) -> GaussianGridTokenizer:
-    num_bins, action_dim = grid.num_bins or num_bins, normalized_actions.shape[-1]
-    if action_dim not in (4, 7) or len(num_bins) + 1 != action_dim:
-        raise ValueError(
-            "SpatialVLA's grid bins 7 numbers (translation, rotation, gripper) with six model.grid.num_bins, or 4 "
-            f"(translation, gripper) with three; the dataset's actions have {action_dim}, model.grid.num_bins "
-            f"{list(num_bins)}."
-        )
-    return GaussianGridTokenizer.fit(normalized_actions, num_bins, grid.distribution, grid.min_sigma, use_spherical)
-
-
-def action_spec(data: DataArguments, dataset: LeRobotEpisodes) -> ActionSpec:
-    """Meaning of the dataset's actions: names and rate from the dataset, the rest from the recipe."""
-    feature, action = dataset.features[schema.ACTION], data.action
-    names = feature.get("names") or [f"action_{index}" for index in range(feature["shape"][0])]
-    if isinstance(names, dict):  # some datasets group them, {"motors": [...]}
-        names = [name for group in names.values() for name in group]
-    return ActionSpec(tuple(names), action.kind, action.rotation, action.frame, float(dataset.fps), action.gripper)
-
-
-def camera_spec(camera: CameraArguments, dataset: LeRobotEpisodes) -> CameraSpec:
-    """Camera of the dataset in pixels of its recorded images."""
-    key = dataset.camera_keys[0]
-    height, width = dataset.features[key]["shape"][:2]
-    intrinsics = camera.intrinsics
-    if camera.fovy is not None:
-        focal = height / 2 / math.tan(math.radians(camera.fovy) / 2)
-        intrinsics = [[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]]
-    return CameraSpec(key.removeprefix(schema.IMAGES), width, height, intrinsics)
 
 
 def checkpoint_to_resume(arguments) -> str | None:
@@ -345,11 +244,10 @@ def check_same_robot(checkpoint: str, processor) -> None:
     saved = AutoProcessor.from_pretrained(checkpoint)
     names = {"side": f"the checkpoint {checkpoint}", "other_side": "the recipe"}
     for key in set(saved.action_codec.keys) & set(processor.action_codec.keys):
-        specs = [each.action_codec.specs(key)[0] for each in (saved, processor)]
-        if None not in specs:
-            specs[0].check(specs[1], **names)
-        if key in saved.cameras and key in processor.cameras:
-            saved.cameras[key].check(processor.cameras[key], **names)
+        both = [(*each.action_codec.specs(key), *each.camera_specs(key)) for each in (saved, processor)]
+        for spec, other in zip(*both, strict=False):
+            if spec is not None and other is not None:
+                spec.check(other, **names)
     for name in ("statistics", "action_config", "camera_config"):
         if getattr(saved, name) != json.loads(json.dumps(getattr(processor, name))):
             raise ValueError(

@@ -1,0 +1,171 @@
+"""What every family needs to know of the dataset, and what their builders share."""
+
+import math
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Subset
+from transformers import AutoModel, AutoProcessor
+
+from hf_vla.actions.spec import ActionSpec, CameraSpec, GripperSpec, StateSpec
+from hf_vla.actions.statistics import ActionStatistics
+from hf_vla.data import schema
+from hf_vla.data.lerobot import LeRobotEpisodes
+from hf_vla.training.arguments import CameraArguments, DataArguments, ModelArguments
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What a checkpoint has to know of the dataset that it is trained on.
+
+    Args:
+        unnorm_key (`str`): the dataset's name in the checkpoint.
+        statistics (`dict`): its entry there, "action", "num_trajectories" and "num_transitions", and "state" where
+            the recipe uses it.
+        actions (`np.ndarray` of shape `(num_frames, action_dim)`): of the training episodes, robot units.
+        action_spec (`ActionSpec`): what they mean.
+        state_spec (`StateSpec`, *optional*): what the state means; None where the model shall see none.
+        cameras (`list[CameraSpec]`): in the recipe's order.
+        chunk_size (`int`): actions of one prediction.
+    """
+
+    unnorm_key: str
+    statistics: dict[str, Any]
+    actions: np.ndarray
+    action_spec: ActionSpec
+    state_spec: StateSpec | None
+    cameras: list[CameraSpec]
+    chunk_size: int
+
+    @property
+    def specs(self) -> dict[str, Any]:
+        """The dataset's entry under "specs" of an action_config."""
+        return {"action": self.action_spec.to_dict(), "state": self.state_spec and self.state_spec.to_dict()}
+
+
+def dataset_facts(data: DataArguments, dataset: LeRobotEpisodes, train_set: Subset) -> DatasetFacts:
+    """Collect the facts; statistics are those of the training episodes.
+
+    Raises:
+        ValueError: the recipe's words do not fit the dataset.
+    """
+    actions = dataset.column(schema.ACTION)[train_set.indices]
+    entry = {
+        "action": _statistics(actions),
+        "num_trajectories": len(np.unique(dataset.column("episode_index")[train_set.indices])),
+        "num_transitions": len(actions),
+    }
+    state_spec = None
+    if data.state is not None:
+        state_spec = StateSpec(_names(dataset, schema.STATE, "state"), data.state.rotation, data.state.frame)
+        entry["state"] = _statistics(dataset.column(schema.STATE)[train_set.indices])
+    action = data.action
+    names = _names(dataset, schema.ACTION, "action")
+    spec = ActionSpec(names, action.kind, action.rotation, action.frame, float(dataset.fps), action.gripper)
+    if spec.gripper is not None:
+        _check_gripper(spec.gripper, actions[:, spec.gripper.index])
+    cameras = [camera_spec(camera, dataset) for camera in data.cameras]
+    return DatasetFacts(data.unnorm_key, entry, actions, spec, state_spec, cameras, data.chunk_size)
+
+
+def camera_spec(camera: CameraArguments, dataset: LeRobotEpisodes) -> CameraSpec:
+    """Camera of the dataset in pixels of its recorded images."""
+    key = camera.name if camera.name in dataset.features else schema.camera_key(camera.name)
+    height, width = dataset.features[key]["shape"][:2]
+    intrinsics = camera.intrinsics
+    if camera.fovy is not None:
+        focal = height / 2 / math.tan(math.radians(camera.fovy) / 2)
+        intrinsics = [[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]]
+    return CameraSpec(key.removeprefix(schema.IMAGES), width, height, intrinsics)
+
+
+def load_checkpoint(path: str, dtype: str):
+    """Load model and processor of a folder or Hub name."""
+    # An adapter remembers its checkpoint by this name: a folder's must not depend on where one stands.
+    path = str(Path(path).resolve()) if Path(path).is_dir() else path
+    return AutoModel.from_pretrained(path, dtype=dtype), AutoProcessor.from_pretrained(path)
+
+
+def continuous_dictionaries(
+    facts: DatasetFacts, normalization: dict[str, Any], state_normalization: dict[str, Any]
+) -> dict[str, dict]:
+    """What the processor of a family that emits normalised actions is told: statistics, action_config, camera_config.
+
+    Args:
+        facts (`DatasetFacts`): of the dataset.
+        normalization (`dict`), state_normalization (`dict`): see [`~hf_vla.actions.codec.ActionCodec`].
+    """
+    return {
+        "statistics": {facts.unnorm_key: facts.statistics},
+        "action_config": {
+            "chunk_size": facts.chunk_size,
+            "normalization": normalization,
+            "state_normalization": None if facts.state_spec is None else state_normalization,
+            "tokenizer": None,
+            "specs": {facts.unnorm_key: facts.specs},
+        },
+        "camera_config": {facts.unnorm_key: [camera.to_dict() for camera in facts.cameras]},
+    }
+
+
+def config_overrides(arguments: ModelArguments, config_class, given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a new model's configuration: the dataset's, and those of `model.config`.
+
+    Args:
+        arguments (`ModelArguments`): holds `model.config`.
+        config_class (`type`): the family's configuration.
+        given (`dict`): fields that the dataset decides.
+
+    Raises:
+        ValueError: `model.config` names no field of the configuration, or one that the dataset decides.
+    """
+    wanted = arguments.config or {}
+    known = [field.name for field in fields(config_class)]
+    for name in wanted:
+        if name in given:
+            raise ValueError(f"model.config.{name} follows from the data, {given[name]!r} here: leave it out.")
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else "."
+            raise ValueError(f"{config_class.__name__} has no {name!r} that model.config could set{hint}")
+    return {**given, **wanted}
+
+
+def refuse(family: str, reason: str, **values) -> None:
+    """Raise a ValueError that names those of the recipe's values that are set though the family has no use for them.
+
+    Args:
+        family (`str`): model type.
+        reason (`str`): what it takes instead.
+        values: names in the recipe, `model__grid` for `model.grid`, with what they are set to.
+    """
+    if given := [name.replace("__", ".") for name, value in values.items() if value]:
+        raise ValueError(f"{family} takes no {', '.join(given)}: {reason}")
+
+
+def _statistics(values: np.ndarray) -> dict[str, Any]:
+    statistics = ActionStatistics()
+    statistics.update(values)
+    return statistics.to_dict()
+
+
+def _names(dataset: LeRobotEpisodes, key: str, what: str) -> tuple[str, ...]:
+    if key not in dataset.features:
+        raise ValueError(f"{dataset.name} has no column {key!r}, which data.{what} is about.")
+    feature = dataset.features[key]
+    names = feature.get("names") or [f"{what}_{index}" for index in range(feature["shape"][0])]
+    if isinstance(names, dict):  # some datasets group them, {"motors": [...]}
+        names = [name for group in names.values() for name in group]
+    return tuple(names)
+
+
+def _check_gripper(gripper: GripperSpec, values: np.ndarray) -> None:
+    low, high = sorted((gripper.open, gripper.closed))
+    if values.min() < low - 1e-6 or values.max() > high + 1e-6:
+        raise ValueError(
+            f"The recipe says that the gripper (action {gripper.index}) goes from {low} to {high}, the dataset's goes "
+            f"from {values.min():g} to {values.max():g}: mend data.action.gripper."
+        )

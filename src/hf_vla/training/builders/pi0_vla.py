@@ -1,0 +1,56 @@
+"""pi0 from a recipe: a preset, or a checkpoint of transformers' model in our clothes."""
+
+import torch
+
+from hf_vla.models.pi0_vla.configuration_pi0_vla import PI0VLAConfig
+from hf_vla.models.pi0_vla.modeling_pi0_vla import PI0VLAForActionPrediction
+from hf_vla.models.pi0_vla.processing_pi0_vla import PI0VLAProcessor
+from hf_vla.training.arguments import ModelArguments
+from hf_vla.training.builders.base import (
+    DatasetFacts,
+    config_overrides,
+    continuous_dictionaries,
+    load_checkpoint,
+    refuse,
+)
+
+NORMALIZATION = {"mode": "mean_std", "clip": False, "convention": "lerobot"}  # as published, actions and state alike
+
+
+def build_pi0_vla(arguments: ModelArguments, facts: DatasetFacts):
+    """Make or load a pi0 whose processor knows the dataset's statistics, robot and cameras.
+
+    Args:
+        arguments (`ModelArguments`): the recipe's section model.
+        facts (`DatasetFacts`): of the dataset.
+
+    Returns:
+        `tuple`: model and processor.
+
+    Raises:
+        ValueError: the recipe asks for what pi0 has not, or actions or states are too wide for it.
+    """
+    refuse(
+        "pi0_vla",
+        "give model.preset or model.path.",
+        model__grid=arguments.grid,
+        model__adapt_grid=arguments.adapt_grid,
+        model__backbone=arguments.backbone,
+    )
+    dictionaries = continuous_dictionaries(facts, NORMALIZATION, NORMALIZATION)
+    if arguments.path is None:
+        overrides = config_overrides(arguments, PI0VLAConfig, {"chunk_size": facts.chunk_size})
+        config = PI0VLAConfig.from_preset(arguments.preset, **overrides)
+        model = PI0VLAForActionPrediction(config).to(getattr(torch, arguments.dtype))
+        processor = PI0VLAProcessor.from_scratch(config, **dictionaries)
+    else:
+        model, pretrained = load_checkpoint(arguments.path, arguments.dtype)
+        processor = PI0VLAProcessor(pretrained.image_processor, pretrained.tokenizer, **dictionaries)
+        model.config.chunk_size = facts.chunk_size  # nothing in the weights depends on it
+    for what, width, most in (
+        ("actions", len(facts.action_spec.names), model.config.max_action_dim),
+        ("states", len(facts.state_spec.names) if facts.state_spec else 0, model.config.max_state_dim),
+    ):
+        if width > most:
+            raise ValueError(f"This pi0 takes {what} of at most {most} numbers, the dataset's have {width}.")
+    return model, processor

@@ -1,0 +1,66 @@
+"""Every family that a recipe can train, by model type."""
+
+from pathlib import Path
+
+from torch.utils.data import Subset
+from transformers import AutoConfig
+
+from hf_vla.data.lerobot import LeRobotEpisodes
+from hf_vla.training.arguments import ModelArguments, Recipe
+from hf_vla.training.builders.base import dataset_facts
+from hf_vla.training.builders.pi0_vla import build_pi0_vla
+from hf_vla.training.builders.spatialvla import build_spatialvla
+from hf_vla.training.builders.tinyvla import build_tinyvla
+
+BUILDERS = {"pi0_vla": build_pi0_vla, "spatialvla": build_spatialvla, "tinyvla": build_tinyvla}
+
+
+def build(recipe: Recipe, dataset: LeRobotEpisodes, train_set: Subset):
+    """Make or load the model, and the processor that knows the dataset's statistics, robot and cameras.
+
+    Returns:
+        `tuple`: the model, with adapters where the recipe asks for them, and the processor.
+
+    Raises:
+        ValueError: the family is unknown or not the checkpoint's, or recipe and dataset do not suit it.
+    """
+    arguments = recipe.model
+    model, processor = BUILDERS[family(arguments)](arguments, dataset_facts(recipe.data, dataset, train_set))
+    if arguments.lora is None:
+        return model, processor
+    from hf_vla.training.lora import SPATIAL_EMBEDDING, add_lora  # takes seconds to import
+
+    if arguments.path is None:
+        # An adapter is saved with the name of its base model, and a pretrained VLM with a new head is a new one.
+        base = Path(recipe.training.output_dir, "base").resolve()
+        if recipe.training.should_save:
+            model.save_pretrained(base)
+            processor.save_pretrained(base)
+        model.name_or_path = str(base)
+    lora = arguments.lora
+    in_full = [SPATIAL_EMBEDDING] if arguments.adapt_grid else []
+    return add_lora(model, lora.r, lora.alpha, lora.dropout, in_full), processor
+
+
+def family(arguments: ModelArguments) -> str:
+    """Model type that the recipe trains: its checkpoint's, or what it says.
+
+    Raises:
+        ValueError: it is unknown, not the checkpoint's, or the checkpoint is an adapter.
+    """
+    name = arguments.family
+    if arguments.path is not None:
+        if (Path(arguments.path) / "adapter_config.json").is_file():
+            raise ValueError(
+                f"model.path {arguments.path!r} is an adapter, which a new training would drop: resume its own run, "
+                "or merge it into its base model (PeftModel.merge_and_unload), save that with its processor and name "
+                "it here."
+            )
+        name = AutoConfig.from_pretrained(arguments.path).model_type
+        if arguments.family not in (None, name):
+            raise ValueError(
+                f"model.path {arguments.path!r} is a {name}, model.family says {arguments.family}: leave that out."
+            )
+    if name not in BUILDERS:
+        raise ValueError(f"No recipe can train the family {name!r}; there are {sorted(BUILDERS)}.")
+    return name

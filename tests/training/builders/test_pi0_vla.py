@@ -1,0 +1,19 @@
+import pytest
+
+from hf_vla.training.builders.registry import build
+from hf_vla.training.trainer import open_dataset
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model__config": {"max_action_dim": 6}}, "actions of at most 6 numbers, the dataset's have 7"),
+        ({"model__config": {"max_state_dim": 3}}, "states of at most 3 numbers, the dataset's have 8"),
+        ({"model__grid": {"num_bins": [8, 16, 8, 8, 8, 8]}}, "pi0_vla takes no model.grid"),
+    ],
+)
+def test_what_pi0_has_not_is_refused(make_recipe, tmp_path, overrides, message):
+    recipe = make_recipe(tmp_path, "pi0_vla_tiny", **overrides)
+    dataset, train_set, _ = open_dataset(recipe.data)
+    with pytest.raises(ValueError, match=message):
+        build(recipe, dataset, train_set)
