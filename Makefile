@@ -1,4 +1,4 @@
-# make demo    train, save, reload and try the tiny model on the embedded demonstrations
+# make demo    train, save, reload and try a tiny model on the embedded demonstrations; MODEL=tinyvla for the other one
 # make test    the default test suite (CPU, offline)
 # make check   lint, format, types, architecture; changes nothing
 # make format  put every file into the house format
@@ -8,6 +8,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PYTEST_ARGS ?= -n 2
+MODEL ?= spatialvla
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -25,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/demo.py --model $(MODEL)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

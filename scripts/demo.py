@@ -1,6 +1,7 @@
-"""The whole way in a few minutes on two CPU cores: train a tiny SpatialVLA, save it, load it again, predict.
+"""The whole way in a few minutes on two CPU cores: train a tiny model, save it, load it again, predict.
 
-`make demo`, or `python scripts/demo.py`. Everything it makes is in outputs/demo.
+`make demo` (SpatialVLA) or `make demo MODEL=tinyvla`; `python scripts/demo.py --model tinyvla`. Everything it makes is
+in outputs/demo, or outputs/demo_tinyvla.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,20 +19,50 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, AutoProcessor
 
-import hf_vla  # noqa: F401  (makes the Auto classes know SpatialVLA)
+import hf_vla  # noqa: F401  (makes the Auto classes know our families)
 from hf_vla.cli.render import chunk_table, plot_chunk
+from hf_vla.data.collator import VLACollator
 from hf_vla.training.arguments import load_recipe
 from hf_vla.training.callbacks import TimeLimit
 from hf_vla.training.trainer import action_error, open_dataset, train
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "scripts" / "recipes" / "spatialvla_tiny.yaml"
-MODEL, SWAPPED = "tiny SpatialVLA", "the same, shown other pictures"
+RECIPES = ROOT / "scripts" / "recipes"
+
+
+class Demo(NamedTuple):
+    """A family's demonstration: its name, recipe and training steps, where it is saved, what it sees."""
+
+    title: str
+    recipe: Path
+    steps: int
+    output: str
+    sees: str
+
+
+DEMOS = {
+    "spatialvla": Demo(
+        "tiny SpatialVLA",
+        RECIPES / "spatialvla_tiny.yaml",
+        750,
+        "outputs/demo",
+        "The model sees one picture and the instruction, neither the past nor the joints.",
+    ),
+    "tinyvla": Demo(
+        "tiny TinyVLA",
+        RECIPES / "tinyvla_tiny.yaml",
+        500,
+        "outputs/demo_tinyvla",
+        "The model sees the pictures of two cameras, the instruction and where the hand and its fingers are, but not "
+        "the past. Its actions are samples: the noise that they start from is the same in every evaluation.",
+    ),
+}
+SWAPPED = "the same, shown other pictures"
 MEAN, MEDIAN, LAST = "mean action", "median action", "last action, repeated"
 MEANING = """\
 What this means: one unit is 5 cm of translation or half a radian of rotation per step, 20 steps a second; the \
-gripper's whole range is 2 units. The model sees one picture and the instruction, neither the past nor the joints. \
-Shown a picture from another moment of the same task instead, it does worse as far as it uses the picture. \
+gripper's whole range is 2 units. {sees} \
+Shown pictures from another moment of the same task instead, it does worse as far as it uses them. \
 Mean and median action of the training set are guesses without looking; the median is the best constant for this \
 measure. The last action knows what the robot was just doing; motions are smooth, so it is hard to beat over \
 {chunk_size} steps, but repeating it would never start or end a motion. These are errors on recorded pictures: \
@@ -39,12 +71,14 @@ trained for minutes on 19 episodes, shows that the pipeline works and no more.
 """
 
 
-def evaluate(output):
+def evaluate(demo, output):
     """Load the checkpoint like any other and compare its predictions with episodes that training never saw."""
     model, processor = (auto.from_pretrained(output / "model") for auto in (AutoModel, AutoProcessor))
     spec, _ = processor.action_codec.specs()
-    dataset, train_set, eval_set = open_dataset(load_recipe(RECIPE).data)
-    camera, column = dataset.camera_keys[0], dataset.column("action")
+    data = load_recipe(demo.recipe).data
+    dataset, train_set, eval_set = open_dataset(data)
+    collator = VLACollator(processor, None, dataset.camera_keys, with_state=data.state is not None)
+    column = dataset.column("action")
 
     # the first frame of an episode has no action before it that could be repeated
     rows = np.array([row for row in eval_set.indices if dataset.column("frame_index")[row] > 0])
@@ -53,17 +87,18 @@ def evaluate(output):
         others[tasks == task] = np.random.default_rng(0).permutation(rows[tasks == task])
 
     def predict(pictures):
-        chunks = []
+        chunks, generator = [], torch.Generator().manual_seed(0)
         for places in np.array_split(np.arange(len(rows)), len(rows) // 32):
-            images = [dataset[row][camera] for row in pictures[places]]
-            inputs = processor(images=images, text=[dataset[row]["task"] for row in rows[places]])
-            chunks.append(processor.decode_actions(model.predict_action(**inputs)))
+            seen = [{key: dataset[row][key] for key in dataset.camera_keys} for row in pictures[places]]
+            items = [dataset[row] | images for row, images in zip(rows[places], seen, strict=True)]
+            inputs = collator.prompts(items)["inputs"]
+            chunks.append(processor.decode_actions(model.predict_action(**inputs, generator=generator)))
         return np.concatenate(chunks)
 
     windows, is_pad = dataset.windows("action")
     actions, mask = windows[rows], ~is_pad[rows]
     guesses = {
-        MODEL: predict(rows),
+        demo.title: predict(rows),
         SWAPPED: predict(others),
         MEAN: np.broadcast_to(column[train_set.indices].mean(0), actions.shape),
         MEDIAN: np.broadcast_to(np.median(column[train_set.indices], axis=0), actions.shape),
@@ -74,32 +109,44 @@ def evaluate(output):
     console = Console()
     table = Table(title=f"Mean absolute action error, robot units, {len(rows)} frames of held-out episodes")
     table.add_column("")
-    for group in errors[MODEL]:
+    for group in errors[demo.title]:
         table.add_column(group.removeprefix("action_error").strip("_") or "all", justify="right")
     for name, error in errors.items():
         table.add_row(name, *(f"{value:.3f}" for value in error.values()))
     console.print(table)
-    ratios = [errors[MODEL]["action_error"] / errors[name]["action_error"] for name in (MEAN, LAST)]
+    ratios = [errors[demo.title]["action_error"] / errors[name]["action_error"] for name in (MEAN, LAST)]
     console.print(
         f"The model's error is {ratios[0]:.2f} times the mean action's and {ratios[1]:.2f} times the last action's.",
-        MEANING.format(chunk_size=processor.action_codec.chunk_size),
+        MEANING.format(sees=demo.sees, chunk_size=processor.action_codec.chunk_size),
         sep="\n",
         highlight=False,
     )
 
-    each = (np.abs(guesses[MODEL] - actions).mean(-1) * mask).sum(-1) / mask.sum(-1)
+    each = (np.abs(guesses[demo.title] - actions).mean(-1) * mask).sum(-1) / mask.sum(-1)
     middle = np.argsort(each)[len(rows) // 2]
-    item, chunk = dataset[rows[middle]], guesses[MODEL][middle]
-    frame = Image.fromarray((item[camera].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+    show(dataset[rows[middle]], guesses[demo.title][middle], actions[middle], processor, output)
+
+
+def show(item, chunk, recorded, processor, output):
+    """Print and draw a prediction, and say how to get it on the command line."""
+    console, (spec, state_spec) = Console(), processor.action_codec.specs()
     place = f"episode {int(item['episode_index'])}, frame {int(item['frame_index'])}, of median error: {item['task']}"
     console.print(chunk_table(chunk, spec, title=f"Predicted for {place}"))
-    console.print(chunk_table(actions[middle], spec, title="Recorded there"))
-    frame.save(output / "frame.png")
+    console.print(chunk_table(recorded, spec, title="Recorded there"))
+    names, frames, options = [camera.name for camera in processor.camera_specs()], [], ""
+    for name in names:
+        pixels = item[f"observation.images.{name}"].permute(1, 2, 0).numpy()
+        frames.append(Image.fromarray((pixels * 255).round().astype(np.uint8)))
+        path = output / ("frame.png" if len(names) == 1 else f"frame_{name}.png")
+        frames[-1].save(path)
+        options += f" --image {path if len(names) == 1 else f'{name}={path}'}"
+    if state_spec is not None:
+        options += ' --state "' + " ".join(f"{value:.5g}" for value in item["observation.state"].tolist()) + '"'
     program = os.path.relpath(Path(sys.executable).parent / "hf-vla")
-    plot_chunk(chunk, spec, frame, title=item["task"]).savefig(output / "prediction.png")
+    plot_chunk(chunk, spec, frames[0], title=item["task"]).savefig(output / "prediction.png")
     console.print(
         f"Wrote {output / 'prediction.png'}. On the command line:",
-        f'{program} predict --model {output / "model"} --image {output / "frame.png"} --text "{item["task"]}"',
+        f'{program} predict --model {output / "model"}{options} --text "{item["task"]}"',
         sep="\n",
         highlight=False,
         soft_wrap=True,
@@ -107,25 +154,29 @@ def evaluate(output):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=750, help="training steps (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(DEMOS), default="spatialvla", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, help="training steps (default: the model's)")
     parser.add_argument("--seconds", type=float, default=175, help="longest training (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="folder (default: outputs/demo, outputs/demo_tinyvla)")
     parser.add_argument("--evaluate", action="store_true", help="only evaluate what an earlier run saved")
     arguments = parser.parse_args()
     os.chdir(ROOT)
+    demo = DEMOS[arguments.model]
+    output = arguments.output or Path(demo.output)
     if arguments.evaluate:
-        return evaluate(arguments.output)
+        return evaluate(demo, output)
 
     # This small, a second thread gains a third, and where another program needs its core the two wait for each other.
     torch.set_num_threads(1)
     start = time.perf_counter()
-    training = {"output_dir": str(arguments.output / "model"), "max_steps": arguments.steps, "report_to": "none"}
+    training = {"output_dir": str(output / "model"), "max_steps": arguments.steps or demo.steps, "report_to": "none"}
     training |= {"eval_strategy": "no", "save_strategy": "no"}
-    recipe = load_recipe(RECIPE, {f"training.{name}": value for name, value in training.items()})
+    recipe = load_recipe(demo.recipe, {f"training.{name}": value for name, value in training.items()})
     train(recipe, callbacks=[TimeLimit(arguments.seconds)])
     print(f"Trained and saved in {time.perf_counter() - start:.0f} s. The rest in a fresh process.", flush=True)
-    subprocess.run([sys.executable, __file__, "--evaluate", "--output", arguments.output], check=True)
+    command = [sys.executable, __file__, "--model", arguments.model, "--evaluate", "--output", output]
+    subprocess.run(command, check=True)
     print(f"The demo took {time.perf_counter() - start:.0f} s.")
 
 
