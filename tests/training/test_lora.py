@@ -15,7 +15,7 @@ import hf_vla  # noqa: F401
 from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
 from hf_vla.models.tinyvla.modeling_tinyvla import TinyVLAForActionPrediction
 from hf_vla.policy import Policy
-from hf_vla.training.lora import PROJECTORS, add_lora, load_adapter
+from hf_vla.training.lora import PARTS, PROJECTORS, add_lora, load_adapter
 from hf_vla.training.trainer import VLATrainer, train
 
 # peft asks every model for an attribute that transformers is about to rename.
@@ -216,6 +216,62 @@ def test_every_backbone_gets_adapters_in_vision_tower_and_language_model(name):
     in_full = {weight.split(".modules_to_save")[0] for weight in trained if "lora_" not in weight}
     assert len(in_full) == 2 and "base_model.model.action_head" in in_full
     assert (in_full - {"base_model.model.action_head"}).pop().endswith(PROJECTORS)
+
+
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+@pytest.mark.parametrize("part", ["vision", "language"])
+def test_adapters_sit_in_the_chosen_parts(name, part):
+    config = TinyVLAConfig(
+        backbone_config={"model_type": name, **BACKBONES[name][0]}, head_config={"type": "regression"}, action_dim=2
+    )
+    with torch.device("meta"):
+        model = add_lora(TinyVLAForActionPrediction(config), parts=[part])
+    adapted = {layer for layer, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted and {any(f".{tower}." in layer for tower in PARTS[part]) for layer in adapted} == {True}
+
+
+def test_spatialvla_keeps_its_projector_whichever_part_is_chosen(tiny_checkpoint):
+    layers = {
+        part: {
+            layer.removeprefix("base_model.model.").split(".")[0]
+            for layer, module in add_lora(AutoModel.from_pretrained(tiny_checkpoint), parts=[part]).named_modules()
+            if hasattr(module, "lora_A")
+        }
+        for part in PARTS
+    }
+    assert layers["vision"] == {"vision_tower", "multi_modal_projector", "position_embedding_3d"}
+    assert layers["language"] == {"language_model", "multi_modal_projector", "position_embedding_3d"}
+
+
+def test_an_unknown_part_is_an_error(tiny_checkpoint):
+    for parts in ([], ["tower"]):
+        with pytest.raises(ValueError, match="lora.parts"):
+            add_lora(AutoModel.from_pretrained(tiny_checkpoint), parts=parts)
+
+
+def test_readout_tokens_are_trained_beside_adapters(tmp_path):
+    torch.manual_seed(0)
+    model = TinyVLAForActionPrediction(
+        TinyVLAConfig.from_preset("tiny", num_readout_tokens=2, head_config={"type": "regression"})
+    )
+    model.resize_token_embeddings(320)
+    model.save_pretrained(tmp_path / "base")
+    adapted = add_lora(AutoModel.from_pretrained(tmp_path / "base"), r=4)
+    batch = {
+        "input_ids": torch.tensor([[1, 2, 260, 261]]),
+        "state": torch.ones(1, 7),
+        "actions": torch.ones(1, 16, 10),
+        "action_mask": torch.ones(1, 16, dtype=torch.bool),
+    }
+    optimizer = torch.optim.SGD((p for p in adapted.parameters() if p.requires_grad), lr=1.0)
+    adapted(**batch).loss.backward()
+    optimizer.step()
+    adapted.eval().save_pretrained(tmp_path / "adapter")
+    trained = adapted.get_base_model().get_input_embeddings()(torch.arange(320))
+    changed = (trained != model.get_input_embeddings().weight).any(-1).nonzero()[:, 0]
+    assert changed.tolist() == [260, 261]
+    loaded = AutoModel.from_pretrained(tmp_path / "adapter").get_input_embeddings()(torch.arange(320))
+    torch.testing.assert_close(loaded, trained)
 
 
 @pytest.mark.parametrize(

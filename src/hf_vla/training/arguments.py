@@ -25,11 +25,13 @@ class LoraArguments:
         r (`int`, *optional*): rank.
         alpha (`int`, *optional*): scale; the update is multiplied by alpha / r.
         dropout (`float`, *optional*): dropout before the adapter.
+        parts (`list[str]`, *optional*): where adapters sit, "vision" (tower) and "language" (model); both by default.
     """
 
     r: int | None = None
     alpha: int | None = None
     dropout: float | None = None
+    parts: list[str] | None = None
 
 
 @dataclass

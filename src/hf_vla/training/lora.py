@@ -13,6 +13,8 @@ logger = logging.getLogger(__name__)
 SPATIAL_EMBEDDING = "spatial_embed_tokens"
 # What vision-language models of transformers call the layers between vision tower and language model.
 PROJECTORS = ("multi_modal_projector", "connector", "merger")
+# and these themselves
+PARTS = {"vision": ("vision_tower", "vision_model", "visual"), "language": ("language_model", "text_model")}
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,15 @@ def add_lora(
     r: int | None = None,
     alpha: int | None = None,
     dropout: float | None = None,
+    parts: Sequence[str] | None = None,
     in_full: Sequence[str] = (),
 ) -> PeftModel:
     """Freeze a model and give it trainable adapters.
 
     Args:
         model (`PreTrainedModel`): loaded from a checkpoint.
-        r (`int`), alpha (`int`), dropout (`float`): see [`~hf_vla.training.arguments.LoraArguments`].
+        r (`int`), alpha (`int`), dropout (`float`), parts (`Sequence[str]`): see
+            [`~hf_vla.training.arguments.LoraArguments`].
         in_full (`Sequence[str]`): modules that are trained whole beside the family's own, and saved with the adapter;
             SpatialVLA's spatial embedding where it was adapted to another grid than the checkpoint's.
 
@@ -79,7 +83,7 @@ def add_lora(
         `PeftModel`: the adapters, which `save_pretrained` saves, around the same model.
 
     Raises:
-        ValueError: nothing is published for this family.
+        ValueError: nothing is published for this family, or there is no such part.
 
     Source: SpatialVLA's fine-tuning scripts (rank 32, alpha 32, Gaussian initialisation); TinyVLA's (rank 64, alpha
     256, dropout 0.05; action head and projector trained in full).
@@ -88,13 +92,20 @@ def add_lora(
     if family not in PUBLISHED:
         raise ValueError(f"No LoRA targets are published for {family!r}, only for {sorted(PUBLISHED)}.")
     recipe = PUBLISHED[family]
+    parts = list(PARTS) if parts is None else parts
+    if not parts or not set(parts) <= set(PARTS):
+        raise ValueError(f"Expected lora.parts among {list(PARTS)}, came {list(parts)}.")
+    frozen = [name for part in PARTS if part not in parts for name in PARTS[part]]
+    excluded = rf"{recipe.excluded}|(.*\.)?({'|'.join(frozen)})\..*" if frozen else recipe.excluded
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    readout = list(getattr(model.config, "readout_token_ids", []))  # rows of the embedding that nothing has trained
     config = LoraConfig(
         r=recipe.r if r is None else r,
         lora_alpha=recipe.alpha if alpha is None else alpha,
         lora_dropout=recipe.dropout if dropout is None else dropout,
         target_modules=recipe.targets,
-        exclude_modules=recipe.excluded,
+        exclude_modules=excluded,
+        trainable_token_indices=readout or None,
         init_lora_weights=recipe.init,
         modules_to_save=[name for name in (*recipe.in_full, *in_full) if name in names] or None,
     )
@@ -116,7 +127,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> None:
         ValueError: the adapter lacks weights, or holds some that the model has no place for.
     """
     config = PeftConfig.from_pretrained(str(path))
-    config.exclude_modules = PUBLISHED[model.config.model_type].excluded
+    config.exclude_modules = config.exclude_modules or PUBLISHED[model.config.model_type].excluded
     info = model.load_adapter(str(path), peft_config=config)
     wrong = sorted(map(str, [*info.missing_keys, *info.unexpected_keys, *info.mismatched_keys]))
     if wrong:

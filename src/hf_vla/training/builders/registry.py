@@ -39,7 +39,7 @@ def build(recipe: Recipe, dataset: LeRobotEpisodes, train_set: Subset):
         model.name_or_path = str(base)
     lora = arguments.lora
     in_full = [SPATIAL_EMBEDDING] if arguments.adapt_grid else []
-    return add_lora(model, lora.r, lora.alpha, lora.dropout, in_full), processor
+    return add_lora(model, lora.r, lora.alpha, lora.dropout, lora.parts, in_full), processor
 
 
 def family(arguments: ModelArguments) -> str:
