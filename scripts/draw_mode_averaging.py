@@ -5,14 +5,14 @@ demonstrated half of the time with a spread of 0.01 m. Every head is trained on 
 number, chunks of one action, an observation that says nothing. 0.2 m are one normalised unit, so that the modes lie at
 -0.5 and 0.5, inside the heads' range [-1, 1].
 
-Left, what they answer; ten sampling steps narrow the modes. Right, how large the gradient of the loss with
-respect to the network's prediction is while the model is bad and when it is good. Regression's is twice the error of
-its answer, so 150 times smaller at 1 mm from the demonstrated action than at 150 mm. A denoising head predicts noise
-or velocity, of order 1 at every time; the chapter's two predictions differ by a factor of 1.3. Below, what the real
-heads do untrained and trained on the two modes, as a mean over demonstrations, noises and times. What keeps their
-gradient large is the part of the noise that cannot be known while several actions are right; its mean is zero, it is
-no signal. Where exactly one action is right there is no such part: a denoiser that is off by an error has a gradient
-in proportion to it, as regression has.
+Left, what they answer; ten sampling steps narrow the modes. Right, how large the gradient of the loss with respect to
+the network's prediction is while the model is bad and when it is good; normalised units. Regression's is twice the
+error of its answer, so 150 times smaller at 1 mm from the demonstrated action than at 150 mm. A denoising head
+predicts noise or velocity, of order 1 at every time; the chapter's two predictions differ by a factor of 1.3. Below,
+what the real heads do untrained and trained on the two modes, as a mean over demonstrations, noises and times. What
+keeps their gradient large is the part of the noise that cannot be known while several actions are right; its mean is
+zero, it is no signal. Where exactly one action is right there is no such part: a denoiser that is off by an error has
+a gradient in proportion to it, as regression has.
 """
 
 import argparse
@@ -25,7 +25,13 @@ from hf_vla.actions.heads.registry import build_action_head
 
 MODES, SPREAD, UNIT = (-0.1, 0.1), 0.01, 0.2  # metres
 FEATURES = 8
-UNET = {"type": "conditional_unet1d", "down_dims": [64], "n_groups": 2, "diffusion_step_embed_dim": 32}
+UNET = {  # of a chunk of one action a wider convolution would see nothing more
+    "type": "conditional_unet1d",
+    "down_dims": [32],
+    "kernel_size": 1,
+    "n_groups": 2,
+    "diffusion_step_embed_dim": 32,
+}
 HEADS = {
     "regression": {"hidden_dim": 32},
     "classification": {"hidden_dim": 32, "decoding": "sample"},
@@ -98,10 +104,10 @@ def gradients(head, actions, predicted=None, **known):
 
 def chapter_gradients():
     """Gradients of bad and good predictions with the chapter's numbers: regression's and diffusion's."""
-    regression = gradients(build("regression"), torch.full((2,), DEMONSTRATED), torch.tensor(ANSWERS))
+    regression = gradients(build("regression"), torch.full((2,), DEMONSTRATED) / UNIT, torch.tensor(ANSWERS) / UNIT)
     predicted, noise = torch.tensor(NOISES).T
     times = {"noise": noise.view(-1, 1, 1), "timesteps": torch.tensor([50, 50])}
-    return regression, gradients(build("diffusion"), torch.full((2,), DEMONSTRATED), predicted, **times)
+    return regression, gradients(build("diffusion"), torch.full((2,), DEMONSTRATED) / UNIT, predicted, **times)
 
 
 def measured_gradients(name, trained):
@@ -158,7 +164,7 @@ def draw_gradients(ax, heads):
         xscale="log",
         xlim=(1e-3, 5),
         ylim=(len(rows) - 0.5, -0.6),
-        xlabel="|d loss / d prediction|\n(regression: m; noise, velocity: normalised)",
+        xlabel="|d loss / d prediction|, normalised units",
     )
     ax.set_yticks(range(len(rows)), rows, fontsize=9)
     ax.grid(axis="x", color="0.9")

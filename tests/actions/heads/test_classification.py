@@ -81,18 +81,6 @@ def test_actions_outside_the_range_are_in_the_bins_at_its_ends():
         assert torch.equal(*losses)
 
 
-@pytest.mark.parametrize("reduction", ["masked", "published"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_real_actions_that_are_not_finite_raise_and_their_samples_are_named(value, reduction):
-    head, _, observation = build(reduction=reduction)
-    actions, mask = torch.zeros(2, CHUNK, ACTIONS), torch.ones(2, CHUNK, dtype=torch.bool)
-    actions[1, 3, 2] = value
-    with pytest.raises(ValueError, match=r"Expected finite actions, came NaN or infinity, .* in samples \[1\]"):
-        head.loss(*observation, actions, mask)
-    mask[1, 3] = False
-    assert torch.isfinite(head.loss(*observation, actions, mask)).all()
-
-
 @pytest.mark.parametrize("decoding", ["argmax", "expectation", "sample"])
 def test_scores_that_are_not_finite_become_no_action(decoding):
     head, scores, observation = build(decoding=decoding)

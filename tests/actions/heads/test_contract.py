@@ -5,23 +5,36 @@ import copy
 import pytest
 import torch
 
-from hf_vla.actions.heads.base import DenoisingHead
+from hf_vla.actions.heads.base import DenoisingHead, draw
+from hf_vla.actions.heads.networks.registry import DENOISERS, build_denoiser
 from hf_vla.actions.heads.registry import ACTION_HEADS, build_action_head
 
 BATCH, LENGTH, FEATURES, ACTIONS, CHUNK, STATE = 3, 6, 16, 3, 5, 4
 UNET = {"type": "conditional_unet1d", "down_dims": [16, 32], "n_groups": 4, "diffusion_step_embed_dim": 16}
 DIT = {"type": "dit", "hidden_size": 16, "depth": 2, "num_heads": 2}
+DPM = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "beta_schedule": "squaredcos_cap_v2",
+    "num_train_timesteps": 100,
+    "prediction_type": "sample",
+}
+PARALLEL = {"network": "parallel", "hidden_dim": 16}
 # options that make a head small; a head without any here is tested with its defaults
 SMALL = {
     "diffusion": [
         {"denoiser": UNET},
         {"denoiser": DIT, "condition_dropout": 0.2, "guidance_scale": 1.5, "condition": {"pooling": "last"}},
+        {"denoiser": DIT | {"conditioning": "in_context"}, "scheduler": DPM},
     ],
     "flow_matching": [
         {"denoiser": DIT | {"conditioning": "cross_attention"}},
-        {"denoiser": UNET, "condition": {"combine": "mlp", "hidden_dim": 16}},
+        {"denoiser": UNET, "solver": "heun", "condition": {"combine": "mlp", "hidden_dim": 16}},
     ],
-    "regression": [{"hidden_dim": 16}, {"hidden_dim": 16, "loss": "huber", "condition": {"pooling": "attention"}}],
+    "regression": [
+        {"hidden_dim": 16},
+        {"hidden_dim": 16, "loss": "huber", "condition": {"pooling": "attention"}},
+        PARALLEL,
+    ],
     "classification": [
         {"hidden_dim": 32, "num_bins": 32},
         {"hidden_dim": 32, "num_bins": 32, "decoding": "sample"},
@@ -54,12 +67,13 @@ def head(case):
 
 
 @pytest.fixture
-def observation():
-    """Features, their mask and state; the samples have 6, 4 and 1 real tokens."""
+def observation(case):
+    """Features, their mask and state; the samples have 6, 4 and 1 real tokens, or as many as there are actions."""
+    lengths = [CHUNK] * BATCH if case[1].get("network") == "parallel" else [6, 4, 1]
     generator = torch.Generator().manual_seed(2)
     return {
         "features": torch.randn(BATCH, LENGTH, FEATURES, generator=generator),
-        "feature_mask": torch.arange(LENGTH) < torch.tensor([[6], [4], [1]]),
+        "feature_mask": torch.arange(LENGTH) < torch.tensor(lengths)[:, None],
         "state": torch.randn(BATCH, STATE, generator=generator),
     }
 
@@ -71,12 +85,16 @@ def batch(observation):
     return observation | {"actions": actions, "action_mask": torch.arange(CHUNK) < torch.tensor([[5], [3], [1]])}
 
 
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def loss(head, batch, seed=0):
-    return head.loss(**batch, generator=torch.Generator().manual_seed(seed))
+    return head.loss(**batch, generator=seeded(seed))
 
 
 def sample(head, observation, seed=0, **kwargs):
-    return head.sample(**observation, generator=torch.Generator().manual_seed(seed), **kwargs)
+    return head.sample(**observation, generator=seeded(seed), **kwargs)
 
 
 def gradients(head, value):
@@ -167,7 +185,7 @@ def test_batch_mates_change_nothing(head, batch, observation):
     mates["features"][1:] = torch.randn(2, LENGTH, FEATURES) * 5
     mates["state"][1:] += 5
     mates["actions"][1:] = 0.0
-    mates["feature_mask"][1:] = torch.tensor([[True] * 2 + [False] * 4, [True] * 6])
+    mates["feature_mask"][1:] = mates["feature_mask"][1:].flip(0)
     mates["action_mask"][1:] = True
     torch.testing.assert_close(loss(head, mates)[0], loss(head, batch)[0], rtol=1e-5, atol=1e-6)
     others = {key: mates[key] for key in observation}
@@ -196,16 +214,26 @@ def test_loss_and_sample_share_no_mode(head, batch, observation):
     assert torch.equal(loss(head.eval(), batch), expected_loss)
 
 
-@pytest.mark.parametrize(("name", "options"), ONE_PASS)
-def test_heads_of_one_pass_refuse_noise_and_steps(name, options, observation):
+@pytest.mark.parametrize("case", ONE_PASS, indirect=True)
+def test_heads_of_one_pass_refuse_noise_and_steps(head, observation):
     for extra in ({"noise": torch.randn(BATCH, CHUNK, ACTIONS)}, {"num_inference_steps": 3}):
         with pytest.raises(ValueError, match="in one pass: it takes neither noise nor num_inference_steps"):
-            sample(build(name, options), observation, **extra)
+            sample(head, observation, **extra)
 
 
-@pytest.mark.parametrize(("name", "options"), DENOISING)
-def test_heads_that_denoise_begin_with_the_given_noise(name, options, observation):
-    head, noise = build(name, options), torch.randn(BATCH, CHUNK, ACTIONS)
+@pytest.mark.parametrize("case", DENOISING, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_given_noise_becomes_float32(head, batch, observation, dtype):
+    noise = torch.randn(BATCH, CHUNK, ACTIONS).to(dtype)
+    actions, expected = sample(head, observation, noise=noise), sample(head, observation, noise=noise.float())
+    assert actions.dtype == torch.float32 and torch.equal(actions, expected)
+    value, expected = (head.loss(**batch, noise=given, generator=seeded()) for given in (noise, noise.float()))
+    assert value.dtype == torch.float32 and torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("case", DENOISING, indirect=True)
+def test_heads_that_denoise_begin_with_the_given_noise(head, observation):
+    noise = torch.randn(BATCH, CHUNK, ACTIONS)
     expected = sample(head, observation, 0, noise=noise)
     assert torch.equal(sample(head, observation, 1, noise=noise), expected)
     assert not torch.equal(sample(head, observation, 0), sample(head, observation, 1))
@@ -262,6 +290,27 @@ def test_chunks_of_another_batch_raise(head, batch):
         loss(head, batch | few)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+@pytest.mark.parametrize("key", ["feature_mask", "action_mask"])
+def test_masks_that_are_not_bool_raise(head, batch, observation, key, dtype):
+    """`~` of an integer is no negation, and tokenizers give integers."""
+    wrong = {key: batch[key].to(dtype)}
+    with pytest.raises(ValueError, match=f"Expected {key} to be bool, .*came {dtype}: use {key}.bool"):
+        loss(head, batch | wrong)
+    if key in observation:
+        with pytest.raises(ValueError, match=f"Expected {key} to be bool"):
+            sample(head, observation | wrong)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("reduction", ["masked", "published"])
+def test_real_actions_that_are_not_finite_raise_and_their_samples_are_named(case, batch, value, reduction):
+    head = build(case[0], case[1] | {"reduction": reduction})
+    batch["actions"][1, 2, 1] = value
+    with pytest.raises(ValueError, match=r"Expected finite actions, came NaN or infinity in samples \[1\]"):
+        loss(head, batch)
+
+
 def test_features_without_a_real_token_raise(head, batch, observation):
     observation["feature_mask"][1] = False
     with pytest.raises(ValueError, match="at least one real token in every sample"):
@@ -286,6 +335,53 @@ def test_weights_may_be_bfloat16(head, batch, observation):
     assert not torch.equal(value, value.to(torch.bfloat16).float())  # the loss itself is computed in float32
     grads = gradients(head, value.sum()).values()
     assert all(torch.isfinite(grad).all() for grad in grads if grad is not None)
+
+
+def test_features_may_have_another_precision_than_the_weights(head, batch, observation):
+    expected_loss, expected_sample = loss(head, batch), sample(head, observation)
+    wide = {"features": batch["features"].double()}
+    assert torch.equal(loss(head, batch | wide), expected_loss)
+    assert torch.equal(sample(head, observation | wide), expected_sample)
+    low = batch["features"].to(torch.bfloat16)
+    rounded = sample(head, observation | {"features": low.float()})
+    assert torch.equal(sample(head, observation | {"features": low}), rounded)
+    head.to(torch.bfloat16)
+    assert torch.equal(sample(head, observation), sample(head, observation | {"features": low}))
+
+
+@pytest.mark.gpu
+def test_generators_may_live_on_another_device_than_the_features(head, batch, observation):
+    head.cuda().train()
+    batch, observation = ({k: v.cuda() for k, v in inputs.items()} for inputs in (batch, observation))
+    for function, inputs in ((loss, batch), (sample, observation)):
+        first = function(head, inputs)
+        assert first.is_cuda and torch.equal(function(head, inputs), first)
+    drawn = draw(torch.rand, 3, generator=torch.Generator("cuda").manual_seed(0), device=torch.device("cpu"))
+    assert drawn.device.type == "cpu"
+
+
+def test_numbers_are_drawn_where_the_generator_lives():
+    places = []
+
+    def rand(*size, device, **options):
+        places.append(device)
+        return torch.rand(*size, device=device, **options)
+
+    drawn = draw(rand, 3, generator=seeded(), device=torch.device("meta"), dtype=torch.float64)
+    assert places == [torch.device("cpu")]
+    assert drawn.device.type == "meta" and drawn.shape == (3,) and drawn.dtype == torch.float64
+    expected = torch.randint(9, (4,), generator=seeded(1))
+    assert torch.equal(draw(torch.randint, 9, (4,), generator=seeded(1), device=torch.device("cpu")), expected)
+    torch.manual_seed(1)
+    assert torch.equal(draw(torch.randint, 9, (4,), generator=None, device=torch.device("cpu")), expected)
+
+
+@pytest.mark.parametrize("case", [(n, SMALL[n][0]) for n in ("diffusion", "flow_matching")], indirect=True)
+def test_a_compiled_sample_equals_the_plain_one(head, observation):
+    options = {"noise": torch.randn(BATCH, CHUNK, ACTIONS), "num_inference_steps": 3}
+    torch.compiler.reset()
+    compiled = torch.compile(head.sample, backend="eager")(**observation, **options)
+    torch.testing.assert_close(compiled, head.sample(**observation, **options), rtol=0, atol=1e-6)
 
 
 def test_saved_weights_give_the_same_head_even_from_the_meta_device(case, head, batch, observation):
@@ -322,7 +418,7 @@ def test_training_lowers_the_loss_and_the_samples_reach_the_actions(case):
     head = build_action_head({"type": case[0], **case[1]}, FEATURES, ACTIONS, CHUNK, STATE)
     observation = {
         "features": torch.randn(2, LENGTH, FEATURES),
-        "feature_mask": torch.ones(2, LENGTH, dtype=torch.bool),
+        "feature_mask": (torch.arange(LENGTH) < CHUNK).repeat(2, 1),
         "state": torch.randn(2, STATE),
     }
     actions = torch.rand(2, CHUNK, ACTIONS) * 1.6 - 0.8
@@ -331,7 +427,7 @@ def test_training_lowers_the_loss_and_the_samples_reach_the_actions(case):
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
     losses = []
-    for _ in range(250):
+    for _ in range(200):
         value = head.loss(**many, generator=generator).mean()
         optimizer.zero_grad()
         value.backward()
@@ -345,14 +441,30 @@ def test_training_lowers_the_loss_and_the_samples_reach_the_actions(case):
 
 @pytest.mark.parametrize("name", sorted(ACTION_HEADS))
 def test_misspelt_options_raise_and_are_named(name):
-    with pytest.raises(ValueError, match=f"Action head '{name}': .*'hiden_dim'"):
-        build_action_head({"type": name, "hiden_dim": 8}, FEATURES, ACTIONS, CHUNK)
+    with pytest.raises(ValueError, match=f"Action head '{name}' has no option 'reducton'; .*mean 'reduction' for"):
+        build_action_head({"type": name, "reducton": "masked"}, FEATURES, ACTIONS, CHUNK)
+    with pytest.raises(ValueError, match="The condition has no option 'poling'; .*mean 'pooling' for 'poling'"):
+        build_action_head({"type": name, "condition": {"poling": "mean"}}, FEATURES, ACTIONS, CHUNK)
     for options, message in (
         ({"reduction": "sum"}, r"reduction in \('masked', 'published'\), came 'sum'"),
         ({"condition": {"pooling": "max"}}, "pooling in .*came .*'max'"),
     ):
         with pytest.raises(ValueError, match=message):
             build_action_head({"type": name, **options}, FEATURES, ACTIONS, CHUNK)
+
+
+@pytest.mark.parametrize("name", sorted(DENOISERS))
+def test_misspelt_options_of_denoisers_raise_and_are_named(name):
+    with pytest.raises(ValueError, match=f"Denoiser '{name}' has no option 'timestep_embeding_dtype'; .*Did you mean"):
+        build_denoiser({"type": name, "timestep_embeding_dtype": "float32"}, ACTIONS, CHUNK, FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("regression", {"num_blocks": "two"}), ("diffusion", {"denoiser": DIT | {"depth": "2"}})]
+)
+def test_errors_that_are_not_about_names_are_not_relabelled(name, options):
+    with pytest.raises(TypeError):
+        build_action_head({"type": name, **options}, FEATURES, ACTIONS, CHUNK)
 
 
 @pytest.mark.parametrize("config", [{"type": "regresion"}, {}])

@@ -239,7 +239,7 @@ def test_guidance_combines_the_conditioned_and_the_null_velocity(conditioning):
     head, (features, mask, state) = build(conditioning, condition_dropout=0.1), observe()
     unguided = head.sample(features, mask, state, noise=start(), num_inference_steps=1) - start()
     times = torch.zeros(1)
-    condition = head.without(head.condition_encoder(features, mask, state), torch.ones(3, dtype=torch.bool))
+    condition = head.drop_condition(head.condition_encoder(features, mask, state), torch.ones(3, dtype=torch.bool))
     null = head.denoise(start(), head.denoiser.prepare(condition, times[:, None])[0])
     assert (null - unguided).abs().max() > 1e-2
     for scale in (0.5, 1.0, 3.0):
@@ -253,7 +253,7 @@ def test_null_condition_knows_nothing_of_the_observation():
     everyone = torch.ones(3, dtype=torch.bool)
     contexts = []
     for observation in ((features, mask, state), (features * 2, mask, state + 1)):
-        condition = head.without(head.condition_encoder(*observation), everyone)
+        condition = head.drop_condition(head.condition_encoder(*observation), everyone)
         contexts.append(head.denoise(start(), head.denoiser.prepare(condition, torch.zeros(1, 1))[0]))
     assert contexts[0].equal(contexts[1])
 
@@ -294,7 +294,7 @@ def test_bfloat16_weights_give_finite_float32_samples_near_those_of_float32(cond
     loss = head.loss(features.bfloat16(), mask, *chunks(), state, seeded())
     assert samples.dtype == loss.dtype == torch.float32
     (context,) = head.prepare(features.bfloat16(), mask, state, torch.zeros(1))
-    assert head.predict(start(), context).dtype == torch.float32
+    assert head.guided(start(), context).dtype == torch.float32
     torch.testing.assert_close(samples, expected, rtol=0, atol=0.03 * float(expected.abs().max()))
     torch.testing.assert_close(loss, expected_loss, rtol=0.05, atol=0)
 
@@ -335,3 +335,6 @@ def test_wrong_shapes_raise():
         build().sample(*observe(), noise=torch.zeros(3, 5, 2))
     with pytest.raises(ValueError, match=r"Expected actions of shape \(3, 4, 2\)"):
         loss_of(build(), torch.zeros(3, 5, 2))
+    for times in (torch.zeros(2), torch.zeros(1, 3), torch.tensor([0, 0.5, 1.1]), torch.tensor([0, torch.nan, 1])):
+        with pytest.raises(ValueError, match=r"Expected times of shape \(3,\) in \[0, 1\], came tensor"):
+            loss_of(build(), times=times)

@@ -58,7 +58,8 @@ def test_decoding_decides_whether_classification_averages(heads, monkeypatch):
 
 def test_the_chapters_gradients_come_out_of_the_heads_losses():
     regression, diffusion = example.chapter_gradients()
-    torch.testing.assert_close(regression, torch.tensor([0.300, 0.002]), rtol=1e-3, atol=1e-6)
+    in_metres = regression * example.UNIT
+    torch.testing.assert_close(in_metres, torch.tensor([0.300, 0.002]), rtol=1e-3, atol=1e-6)
     assert regression[0] / regression[1] == pytest.approx(150, rel=1e-3)
     torch.testing.assert_close(diffusion, torch.tensor([0.72, 0.54]), rtol=1e-4, atol=1e-6)
     assert diffusion[0] / diffusion[1] == pytest.approx(1.3333, rel=1e-3)

@@ -52,6 +52,18 @@ def test_the_prediction_needs_no_randomness(observation):
     assert torch.equal(head.sample(**observation), first)
 
 
+@pytest.mark.parametrize("blocks", [0, 1, 3])
+def test_num_blocks_counts_residual_blocks_of_the_given_width(blocks):
+    head = build(**PARALLEL | {"num_blocks": blocks, "hidden_dim": 24})
+    linears = [m.weight.shape for m in head.network.modules() if isinstance(m, torch.nn.Linear)]
+    assert linears == [(24, 2 * FEATURES), *[(24, 24)] * blocks, (ACTIONS, 24)]
+
+
+def test_the_default_width_is_that_of_the_docs():
+    head = build_action_head({"type": "regression"}, FEATURES, ACTIONS, CHUNK)
+    assert [m.weight.shape[0] for m in head.network if isinstance(m, torch.nn.Linear)] == [1024, 1024, CHUNK * ACTIONS]
+
+
 @pytest.mark.parametrize("layers", [1, 2, 4])
 def test_num_layers_counts_linear_layers(layers):
     linears = [m for m in build(num_layers=layers).network if isinstance(m, torch.nn.Linear)]
@@ -70,9 +82,7 @@ def test_the_parallel_network_is_openvla_ofts(observation):
     def linear(x, name):
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
-    features = observation["features"]
-    pooled = torch.nn.functional.layer_norm(features.mean(1), (FEATURES,))
-    x = (features + pooled[:, None]).reshape(BATCH, CHUNK, 2 * FEATURES)
+    x = observation["features"].reshape(BATCH, CHUNK, 2 * FEATURES)
     x = linear(norm(x, "input.0"), "input.1").relu()
     for block in ("blocks.0", "blocks.1"):
         x = x + linear(norm(x, f"{block}.0"), f"{block}.1").relu()
@@ -82,7 +92,6 @@ def test_the_parallel_network_is_openvla_ofts(observation):
 
 def test_a_parallel_action_comes_from_its_own_tokens(observation):
     head = build(**PARALLEL)
-    torch.nn.init.zeros_(head.condition_encoder.norm.weight)  # nothing of the pooled features is left
     expected = head.sample(**observation)
     observation["features"][:, 5] += 1.0
     moved = (head.sample(**observation) != expected).any(-1)
@@ -98,6 +107,23 @@ def test_the_state_moves_every_parallel_action_and_every_weight_is_trained(obser
     assert all(parameter.grad is not None for parameter in head.parameters())
 
 
+def test_a_parallel_head_without_a_state_trains_every_weight_and_pools_nothing(observation):
+    head = build(**PARALLEL)
+    actions, mask = torch.zeros(BATCH, CHUNK, ACTIONS), torch.ones(BATCH, CHUNK, dtype=torch.bool)
+    head.loss(**observation, actions=actions, action_mask=mask).sum().backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+    with pytest.raises(ValueError, match="Expected no condition for a parallel network without a state"):
+        build(**PARALLEL, condition={"pooling": "attention"})
+
+
+def test_padding_between_readout_tokens_changes_nothing(observation):
+    head = build(**PARALLEL)
+    features, mask = torch.full((BATCH, 2 * CHUNK + 3, FEATURES), torch.nan), torch.ones(BATCH, 2 * CHUNK + 3) > 0
+    mask[0, [0, 4, 5]], mask[1, [1, 2, 10]] = False, False
+    features[mask] = observation["features"].flatten(0, 1)
+    torch.testing.assert_close(head.sample(features, mask), head.sample(**observation), rtol=0, atol=1e-6)
+
+
 def test_a_parallel_head_in_bfloat16_stays_finite(observation):
     head = build(**PARALLEL).to(torch.bfloat16)
     actions = head.sample(observation["features"].to(torch.bfloat16), observation["feature_mask"])
@@ -110,7 +136,9 @@ def test_a_parallel_head_refuses_other_numbers_of_tokens(observation):
     masked["feature_mask"][1, 2] = False
     with pytest.raises(ValueError, match=r"came \[7, 7\] real ones of 7: set the model's num_readout_tokens to 8"):
         build(**PARALLEL).sample(**shorter)
-    with pytest.raises(ValueError, match=r"Expected 8 readout tokens .*, none masked, came \[8, 7\] real ones of 8"):
+    with pytest.raises(
+        ValueError, match=r"Expected 8 readout tokens .* in every sample, came \[8, 7\] real ones of 8"
+    ):
         build(**PARALLEL).sample(**masked)
 
 

@@ -1,13 +1,14 @@
 """What every action head offers: a loss for training, samples for acting, nothing in between."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_vla.actions.heads.networks.condition import Condition, ConditionEncoder
+from hf_vla.actions.heads.networks.base import check_options
+from hf_vla.actions.heads.networks.condition import Condition, ConditionEncoder, check_mask
 from hf_vla.actions.heads.networks.registry import build_denoiser
 
 REDUCTIONS = ("masked", "published")
@@ -25,6 +26,9 @@ class ActionHead(nn.Module, ABC):
             [`~hf_vla.actions.heads.networks.condition.ConditionEncoder`].
         reduction (`str`): `"masked"`: a sample's loss is the mean over its real actions. `"published"`: as the
             published diffusion heads, padded actions enter the noised chunk and the mean divides by all of them.
+
+    Raises:
+        ValueError: an option is not valid.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class ActionHead(nn.Module, ABC):
             state_dim,
         )
         self.reduction = reduction
+        check_options("The condition", ConditionEncoder, condition or {})
         self.condition_encoder = ConditionEncoder(feature_dim, state_dim, **(condition or {}))
 
     @abstractmethod
@@ -61,6 +66,9 @@ class ActionHead(nn.Module, ABC):
     ) -> torch.Tensor:
         """Training loss of each sample.
 
+        With a generator, keep the draw outside of a checkpointed region, whose recomputation would draw anew: call the
+        loss outside of it, or hand over noise and times where the head takes them.
+
         Args:
             features (`torch.Tensor` of shape `(batch_size, sequence_length, feature_dim)`): of the VLM.
             feature_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, bool): True where a token is real.
@@ -74,7 +82,7 @@ class ActionHead(nn.Module, ABC):
             `torch.Tensor` of shape `(batch_size,)`, float32; 0 for a sample without real actions.
 
         Raises:
-            ValueError: a shape does not fit.
+            ValueError: a shape does not fit, a mask is not bool, or a real action is NaN or infinite.
         """
 
     @abstractmethod
@@ -104,11 +112,22 @@ class ActionHead(nn.Module, ABC):
             ValueError: a shape does not fit, an argument is not for this head, or a prediction is not finite.
         """
 
-    def targets(self, features: torch.Tensor, actions: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
-        """Actions in float32 with padded ones set to 0, so that they reach nothing (unless published).
+    def encode(self, features: torch.Tensor, feature_mask: torch.Tensor, state: torch.Tensor | None) -> Condition:
+        """Encode the observation, in the precision of the head's weights whatever that of the features."""
+        return self.condition_encoder(features.to(next(self.parameters()).dtype), feature_mask, state)
+
+    def mask_padding(self, features: torch.Tensor, actions: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+        """Set padded actions to 0, so that they reach nothing (unless published).
+
+        Args:
+            features, actions, action_mask: as in `loss`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`, float32.
 
         Raises:
-            ValueError: the shapes are not those of one chunk for each sample.
+            ValueError: the shapes are not those of one chunk for each sample, the mask is not bool, or a real action
+                is NaN or infinite.
         """
         expected = (len(features), self.chunk_size, self.action_dim)
         if actions.shape != expected or action_mask.shape != expected[:2]:
@@ -116,11 +135,27 @@ class ActionHead(nn.Module, ABC):
                 f"Expected actions of shape {expected} and an action_mask of shape {expected[:2]}, came "
                 f"{tuple(actions.shape)} and {tuple(action_mask.shape)}."
             )
+        check_mask("action_mask", action_mask)
         actions = actions.float()
+        finite = torch.isfinite(actions).all(-1) | ~action_mask
+        if not finite.all():
+            samples = (~finite.all(1)).nonzero()[:, 0].tolist()
+            raise ValueError(
+                f"Expected finite actions, came NaN or infinity in samples {samples}: mend them in the data, or mask "
+                "them out."
+            )
         return actions if self.reduction == "published" else actions.masked_fill(~action_mask[..., None], 0.0)
 
     def reduce(self, error: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
-        """Mean of a float32 `(batch_size, chunk_size, action_dim)` error over a sample's actions, `(batch_size,)`."""
+        """Mean of an error over the actions of a sample.
+
+        Args:
+            error (`torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`): float32.
+            action_mask (`torch.Tensor` of shape `(batch_size, chunk_size)`, bool): True where an action is real.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`; with `"masked"` over the real actions.
+        """
         error = error.masked_fill(~action_mask[..., None], 0.0)
         if self.reduction == "published":
             return error.mean((1, 2))
@@ -140,6 +175,23 @@ def check_finite(actions: torch.Tensor) -> torch.Tensor:
             "images and states finite, and do the weights fit their precision?"
         )
     return actions
+
+
+def draw(
+    function: Callable[..., torch.Tensor], *arguments: Any, generator: torch.Generator | None, **options: Any
+) -> torch.Tensor:
+    """Random numbers, drawn where the generator lives.
+
+    Args:
+        function, arguments, options: such as `torch.randn`, a shape and a dtype; `device` is where the numbers go to.
+        generator (`torch.Generator`, *optional*): on any device; None: the global one of `device`.
+
+    Returns:
+        `torch.Tensor` on `device`.
+    """
+    device = options.pop("device")
+    place = device if generator is None else generator.device
+    return function(*arguments, generator=generator, device=place, **options).to(device)
 
 
 def check_one_pass(noise: torch.Tensor | None, num_inference_steps: int | None) -> None:
@@ -164,6 +216,9 @@ class DenoisingHead(ActionHead):
             classifier-free guidance.
         guidance_scale (`float`): 1: no guidance; s: `null + s * (conditioned - null)`. Above 0.
         others: see [`ActionHead`].
+
+    Raises:
+        ValueError: an option is not valid, or there is guidance without a null condition.
 
     Source: classifier-free guidance, https://huggingface.co/papers/2207.12598
     """
@@ -205,13 +260,13 @@ class DenoisingHead(ActionHead):
 
     def encode_condition(self, features, feature_mask, state, generator) -> Condition:
         """Encode the observation for a loss; in training mode a share of conditions is dropped."""
-        condition = self.condition_encoder(features, feature_mask, state)
+        condition = self.encode(features, feature_mask, state)
         if not (self.training and self.condition_dropout):
             return condition
-        draw = torch.rand(len(features), generator=generator, device=features.device)
-        return self.without(condition, draw < self.condition_dropout)
+        uniform = draw(torch.rand, len(features), generator=generator, device=features.device)
+        return self.drop_condition(condition, uniform < self.condition_dropout)
 
-    def without(self, condition: Condition, dropped: torch.Tensor) -> Condition:
+    def drop_condition(self, condition: Condition, dropped: torch.Tensor) -> Condition:
         """Replace the conditions of the samples where `dropped` `(batch_size,)` is True by the learnt null."""
         null = self.null_condition.to(condition.vector)
         vector = torch.where(dropped[:, None], null, condition.vector)
@@ -220,9 +275,9 @@ class DenoisingHead(ActionHead):
 
     def prepare(self, features, feature_mask, state, times: torch.Tensor) -> Sequence[Any]:
         """Contexts of a sampling at `times` `(num_steps,)`; with guidance for the batch and its null twin."""
-        condition = self.condition_encoder(features, feature_mask, state)
+        condition = self.encode(features, feature_mask, state)
         if self.guidance_scale != 1.0:
-            null = self.without(condition, torch.ones(len(features), dtype=torch.bool, device=features.device))
+            null = self.drop_condition(condition, torch.ones(len(features), dtype=torch.bool, device=features.device))
             condition = Condition(
                 *(
                     torch.cat(pair)
@@ -240,8 +295,8 @@ class DenoisingHead(ActionHead):
         dtype = next(self.denoiser.parameters()).dtype
         return self.denoiser(sample.to(dtype), context).float()
 
-    def predict(self, sample: torch.Tensor, context: Any) -> torch.Tensor:
-        """One call of the denoiser for a sampling, guided."""
+    def guided(self, sample: torch.Tensor, context: Any) -> torch.Tensor:
+        """One call of the denoiser for a sampling, moved away from the null prediction by `guidance_scale`."""
         if self.guidance_scale == 1.0:
             return self.denoise(sample, context)
         conditioned, null = self.denoise(torch.cat([sample, sample]), context).chunk(2)
@@ -266,8 +321,7 @@ class DenoisingHead(ActionHead):
         """
         shape = (len(features), self.chunk_size, self.action_dim)
         if noise is None:
-            device = features.device if generator is None else generator.device
-            return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(features.device)
+            return draw(torch.randn, shape, generator=generator, device=features.device, dtype=torch.float32)
         if noise.shape != shape:
             raise ValueError(f"Expected noise of shape {shape}, came {tuple(noise.shape)}.")
         return noise.float()

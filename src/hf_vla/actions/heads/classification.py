@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from hf_vla.actions.heads.base import ActionHead, check_finite, check_one_pass
+from hf_vla.actions.heads.base import ActionHead, check_finite, check_one_pass, draw
 from hf_vla.actions.heads.networks.mlp import mlp
 
 DECODINGS = ("argmax", "expectation", "sample")
@@ -18,6 +18,9 @@ class ClassificationHead(ActionHead):
             averages modes as regression does; `"sample"`: the centre of a bin drawn with the generator.
         hidden_dim (`int`), num_layers (`int`): width and Linear layers of the perceptron.
         others: see [`~hf_vla.actions.heads.base.ActionHead`].
+
+    Raises:
+        ValueError: an option is not valid.
 
     Source: RT-1, https://huggingface.co/papers/2212.06817
     """
@@ -44,18 +47,8 @@ class ClassificationHead(ActionHead):
         self.network = mlp(feature_dim, hidden_dim, chunk_size * action_dim * num_bins, num_layers)
 
     def loss(self, features, feature_mask, actions, action_mask, state=None, generator=None):
-        """Cross entropy of each sample `(batch_size,)`, nats for a number; the generator is not used.
-
-        Raises:
-            ValueError: also where a real action is NaN or infinite.
-        """
-        targets = self.targets(features, actions, action_mask)
-        finite = torch.isfinite(targets).all(-1) | ~action_mask
-        if not finite.all():
-            raise ValueError(
-                f"Expected finite actions, came NaN or infinity, which are in no bin, in samples "
-                f"{(~finite.all(1)).nonzero()[:, 0].tolist()}: mend them in the data."
-            )
+        """Cross entropy of each sample `(batch_size,)`, nats for a number; the generator is not used."""
+        targets = self.mask_padding(features, actions, action_mask)
         bins = ((targets.clamp(-1, 1) + 1) / 2 * self.num_bins).long().clamp(0, self.num_bins - 1)
         logits = self._logits(features, feature_mask, state)
         return self.reduce(F.cross_entropy(logits.movedim(-1, 1), bins, reduction="none"), action_mask)
@@ -72,10 +65,11 @@ class ClassificationHead(ActionHead):
         probabilities = logits.softmax(-1)
         if self.decoding == "expectation":
             return probabilities @ centres
-        drawn = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
-        return centres[drawn.reshape(logits.shape[:-1])]
+        # where each bin waits for a time that is exponential with its probability as rate, the first is a draw
+        uniform = draw(torch.rand, logits.shape, generator=generator, device=logits.device, dtype=torch.float32)
+        return centres[(probabilities / -uniform.log()).argmax(-1)]
 
     def _logits(self, features, feature_mask, state):
         """Scores of the bins, `(batch_size, chunk_size, action_dim, num_bins)`, float32."""
-        vector = self.condition_encoder(features, feature_mask, state).vector
+        vector = self.encode(features, feature_mask, state).vector
         return self.network(vector).float().reshape(-1, self.chunk_size, self.action_dim, self.num_bins)

@@ -1,12 +1,13 @@
 """Actions as the end of a denoising diffusion: DDPM training, sampling with any scheduler of diffusers."""
 
 import inspect
-from functools import cached_property
+import json
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 
-from hf_vla.actions.heads.base import DenoisingHead, check_finite
+from hf_vla.actions.heads.base import DenoisingHead, check_finite, draw
 
 # of the published TinyVLA: ten steps are the times 90, 80, ... 0
 SCHEDULER = {
@@ -29,8 +30,13 @@ class DiffusionHead(DenoisingHead):
     Args:
         scheduler (`dict`, *optional*): configuration of a diffusers scheduler, `_class_name` its class; what it leaves
             out is as diffusers has it. `prediction_type` is what the denoiser learns: `"epsilon"` (the noise),
-            `"sample"` (the actions) or `"v_prediction"`. None: the published DDIM of 100 training steps.
+            `"sample"` (the actions) or `"v_prediction"`. None: the published DDIM of 100 training steps. With
+            `"epsilon"` the first step multiplies the network's error by the noise over the signal: where the schedule
+            ends in pure noise and the scheduler clips nothing (DPM-Solver++, Euler, UniPC), take another.
         others: see [`~hf_vla.actions.heads.base.DenoisingHead`].
+
+    Raises:
+        ValueError: an option is not valid, or the scheduler does not lead from noise to actions in the default steps.
 
     Source: Diffusion Policy, https://huggingface.co/papers/2303.04137; DDPM, https://huggingface.co/papers/2006.11239,
         equation 14; v prediction, https://huggingface.co/papers/2202.00512, appendix D.
@@ -51,37 +57,23 @@ class DiffusionHead(DenoisingHead):
         config = self.build_scheduler().config
         self.prediction_type, self.num_train_timesteps = config.prediction_type, config.num_train_timesteps
 
+    @torch.compiler.disable
     def build_scheduler(self, num_inference_steps: int | None = None) -> Any:
         """Build the scheduler; each sampling has its own, since the multistep ones remember their steps.
 
-        Raises:
-            ValueError: the configuration is not one of a diffusion scheduler, or it does not allow as many steps.
-        """
-        import diffusers  # takes seconds
+        Args:
+            num_inference_steps (`int`, *optional*): the head's own by default.
 
-        steps, name = self.num_steps(num_inference_steps), self.scheduler_config.get("_class_name")
-        options = {key: value for key, value in self.scheduler_config.items() if not key.startswith("_")}
-        kind = getattr(diffusers, str(name), None)
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-            raise ValueError(f"Expected _class_name of a diffusers scheduler, such as 'DDIMScheduler', came {name!r}.")
-        with torch.device("cpu"):  # while models are built on the meta device, too
-            try:
-                scheduler: Any = kind(**options)
-            except (TypeError, NotImplementedError) as error:
-                raise ValueError(f"Expected options of {name}, came {options}: {error}") from error
-            prediction_type = scheduler.config.get("prediction_type")
-            if prediction_type not in PREDICTION_TYPES or not hasattr(scheduler, "alphas_cumprod"):
-                raise ValueError(
-                    f"Expected a diffusion scheduler with prediction_type in {PREDICTION_TYPES}, came {name} with "
-                    f"{prediction_type!r}."
-                )
-            if steps > scheduler.config.num_train_timesteps:
-                raise ValueError(
-                    f"Expected at most num_train_timesteps = {scheduler.config.num_train_timesteps} denoising steps, "
-                    f"came {steps}."
-                )
-            scheduler.set_timesteps(steps)
-        return scheduler
+        Returns:
+            A diffusers scheduler, its times set.
+
+        Raises:
+            ValueError: the configuration is not one of a diffusion scheduler, it does not allow as many steps, or what
+                it does with an ideal network is not right; see [`check_scheduler`].
+        """
+        steps = self.num_steps(num_inference_steps)
+        check_scheduler(json.dumps(self.scheduler_config), steps)
+        return make_scheduler(self.scheduler_config, steps)
 
     @cached_property
     def alphas_cumprod(self) -> torch.Tensor:
@@ -105,24 +97,29 @@ class DiffusionHead(DenoisingHead):
         Args:
             noise (`torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`, *optional*): drawn by default.
             timesteps (`torch.Tensor` of shape `(batch_size,)`, *optional*): int64; drawn by default, all alike likely.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`, float32.
+
+        Raises:
+            ValueError: also where timesteps have another shape or dtype, or lie outside the training times.
         """
-        actions = self.targets(features, actions, action_mask)
+        actions = self.mask_padding(features, actions, action_mask)
         noise = self.initial_noise(features, generator, noise)
+        count, last = (len(features),), self.num_train_timesteps - 1
         if timesteps is None:
-            count, device = (len(features),), features.device
-            timesteps = torch.randint(self.num_train_timesteps, count, generator=generator, device=device)
+            timesteps = draw(torch.randint, last + 1, count, generator=generator, device=features.device)
+        elif (
+            timesteps.shape != count or timesteps.dtype != torch.int64 or ((timesteps < 0) | (timesteps > last)).any()
+        ):
+            raise ValueError(f"Expected timesteps of shape {count}, int64, in 0 to {last}, came {timesteps}.")
         condition = self.encode_condition(features, feature_mask, state, generator)
         (context,) = self.denoiser.prepare(condition, timesteps[None])
         alpha = self.alphas_cumprod.to(features.device)[timesteps][:, None, None]
         signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
         prediction = self.denoise(signal * actions + spread * noise, context)
-        if self.prediction_type == "epsilon":
-            target = noise
-        elif self.prediction_type == "sample":
-            target = actions
-        else:
-            target = signal * noise - spread * actions
-        return self.reduce((prediction - target) ** 2, action_mask)
+        wanted = target(self.prediction_type, actions, noise, signal, spread)
+        return self.reduce((prediction - wanted) ** 2, action_mask)
 
     @torch.no_grad()
     def sample(
@@ -137,9 +134,127 @@ class DiffusionHead(DenoisingHead):
         """Take the noise away step by step; see [`ActionHead`]."""
         scheduler = self.build_scheduler(num_inference_steps)
         contexts = self.prepare(features, feature_mask, state, scheduler.timesteps.to(features.device))
-        random = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         sample = self.initial_noise(features, generator, noise) * scheduler.init_noise_sigma
         for time, context in zip(scheduler.timesteps, contexts, strict=True):
-            prediction = self.predict(scheduler.scale_model_input(sample, time), context)
-            sample = scheduler.step(prediction, time, sample, **random).prev_sample
+            prediction = self.guided(scheduler.scale_model_input(sample, time), context)
+            sample = step(scheduler, prediction, time, sample, generator)
         return check_finite(sample)
+
+
+def make_scheduler(config: dict[str, Any], steps: int) -> Any:
+    """Build the diffusers scheduler of a configuration and set its times.
+
+    Args:
+        config (`dict`): `_class_name` and options.
+        steps (`int`): denoising steps.
+
+    Returns:
+        The scheduler.
+
+    Raises:
+        ValueError: it is none of a diffusion, does not allow as many steps, or begins at a time that is not noise.
+    """
+    import diffusers  # takes seconds
+
+    name = config.get("_class_name")
+    options = {key: value for key, value in config.items() if not key.startswith("_")}
+    kind = getattr(diffusers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise ValueError(f"Expected _class_name of a diffusers scheduler, such as 'DDIMScheduler', came {name!r}.")
+    with torch.device("cpu"):  # while models are built on the meta device, too
+        try:
+            scheduler: Any = kind(**options)
+        except Exception as error:
+            raise ValueError(f"Expected options of {name}, came {options}: {error}") from error
+        prediction_type = scheduler.config.get("prediction_type")
+        if prediction_type not in PREDICTION_TYPES or not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"Expected a diffusion scheduler with prediction_type in {PREDICTION_TYPES}, came {name} with "
+                f"{prediction_type!r}."
+            )
+        last = scheduler.config.num_train_timesteps - 1
+        if steps > last + 1:
+            raise ValueError(f"Expected at most num_train_timesteps = {last + 1} denoising steps, came {steps}.")
+        try:
+            scheduler.set_timesteps(steps)
+        except Exception as error:
+            raise ValueError(f"{name} cannot take {steps} steps with {options}: {error}") from error
+    first = min(max(int(scheduler.timesteps[0]), 0), last)
+    share = scheduler.alphas_cumprod[first].item()
+    if share > 0.3:
+        raise ValueError(
+            f"Expected a first denoising time at which a chunk is noise, as the sample is; {name} with {steps} steps "
+            f"begins at {first} of {last}, where the actions still have {share:.0%} of the variance: set "
+            "timestep_spacing: trailing, or choose another number of steps (or betas that end in noise)."
+        )
+    return scheduler
+
+
+@lru_cache(maxsize=128)
+def check_scheduler(config: str, steps: int) -> None:
+    """Try a scheduler once with an ideal network, whose only data is the action 0.3.
+
+    What the network sees at a time must be as noisy as in training, and the sampling must end at 0.3. Tolerances: 0.17
+    in the standard deviation (beginning where a chunk holds 30 % of the actions is 0.16 off; flow matching's times in
+    place of diffusion's are 0.2 off), 0.05 at the end (some schedulers stop at the first training time, usually 0.02).
+
+    Args:
+        config (`str`): the scheduler's configuration, JSON.
+        steps (`int`): denoising steps.
+
+    Raises:
+        ValueError: see [`make_scheduler`]; or the scheduler fails or misses.
+    """
+    options = json.loads(config)
+    scheduler = make_scheduler(options, steps)
+    try:
+        with torch.device("cpu"):
+            off, miss = dry_run(scheduler)
+    except Exception as error:
+        raise ValueError(
+            f"{options['_class_name']} fails in {steps} denoising steps with {options}: {error!r}; choose other "
+            "options, another number of steps or another scheduler."
+        ) from error
+    if not (off < 0.17 and miss < 0.05):  # NaN, too
+        raise ValueError(
+            f"Expected a scheduler that leads from noise to the actions; in {steps} denoising steps with {options} an "
+            f"ideal network sees {off:.2g} more or less noise than in training, and the sample ends {miss:.2g} beside "
+            "the actions: choose other options, another number of steps (a small divisor of num_train_timesteps) or "
+            "another scheduler."
+        )
+
+
+def dry_run(scheduler: Any, action: float = 0.3) -> tuple[float, float]:
+    """Sample with the network that is ideal where one action is the only data.
+
+    Returns:
+        Largest difference of the standard deviation of what the network sees from that in training; root mean square
+        of what the sample misses the action by.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(16, 16, 4, generator=generator, dtype=torch.float32) * scheduler.init_noise_sigma
+    angles = scheduler.alphas_cumprod.sqrt().acos()  # bounded, so that times between two can be interpolated
+    off = 0.0
+    for time in scheduler.timesteps:
+        place = time.float().clamp(0, len(angles) - 1)
+        angle = torch.lerp(angles[place.floor().long()], angles[place.ceil().long()], place.frac())
+        signal, spread = angle.cos(), angle.sin()
+        noise = (scheduler.scale_model_input(sample, time) - signal * action) / spread
+        off = max(off, (noise.square().mean().sqrt() * spread - spread).abs().item())
+        prediction = target(scheduler.config.prediction_type, torch.full_like(sample, action), noise, signal, spread)
+        sample = step(scheduler, prediction, time, sample, generator)
+    return off, (sample - action).square().mean().sqrt().item()
+
+
+@torch.compiler.disable  # diffusers' own code would be compiled anew for every time
+def step(scheduler: Any, prediction, time, sample, generator: torch.Generator | None) -> torch.Tensor:
+    """Take one denoising step; the schedulers that draw numbers take a generator."""
+    random = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    return scheduler.step(prediction, time, sample, **random).prev_sample
+
+
+def target(prediction_type: str, actions, noise, signal, spread) -> torch.Tensor:
+    """What a network is to predict of `signal * actions + spread * noise`."""
+    if prediction_type == "epsilon":
+        return noise
+    return actions if prediction_type == "sample" else signal * noise - spread * actions

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from hf_vla.actions.heads.base import DenoisingHead, check_finite
+from hf_vla.actions.heads.base import DenoisingHead, check_finite, draw
 
 SOLVERS = ("euler", "heun")
 TIME_SAMPLINGS = ("beta", "uniform")
@@ -18,6 +18,9 @@ class FlowMatchingHead(DenoisingHead):
             noisy times, mean 0.4, and never the last thousandth. `"uniform"`: on [0, 1).
         solver (`str`): `"euler"`, or `"heun"` (second order, two calls of the denoiser for each step).
         others: see [`DenoisingHead`].
+
+    Raises:
+        ValueError: an option is not valid.
 
     Source: flow matching, https://huggingface.co/papers/2210.02747; pi0, https://huggingface.co/papers/2410.24164,
         appendix B. Its paper's time runs as ours; its published code's runs the other way.
@@ -59,10 +62,20 @@ class FlowMatchingHead(DenoisingHead):
         Args:
             noise (`torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`, *optional*): drawn by default.
             times (`torch.Tensor` of shape `(batch_size,)`, *optional*): in [0, 1]; drawn by default.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`, float32.
+
+        Raises:
+            ValueError: also where times have another shape or lie outside [0, 1].
         """
-        actions = self.targets(features, actions, action_mask)
+        actions = self.mask_padding(features, actions, action_mask)
         noise = self.initial_noise(features, generator, noise)
-        times = self.draw_times(len(features), generator, features.device) if times is None else times.float()
+        if times is None:
+            times = self.draw_times(len(features), generator, features.device)
+        elif times.shape != (len(features),) or not ((times >= 0) & (times <= 1)).all():
+            raise ValueError(f"Expected times of shape {(len(features),)} in [0, 1], came {times}.")
+        times = times.float()
         condition = self.encode_condition(features, feature_mask, state, generator)
         (context,) = self.denoiser.prepare(condition, 1000 * times[None])
         velocity = self.denoise(torch.lerp(noise, actions, times[:, None, None]), context)
@@ -70,7 +83,7 @@ class FlowMatchingHead(DenoisingHead):
 
     def draw_times(self, count: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
         """Training times `(count,)` on [0, 1), float32; the Beta's by its inverse distribution function."""
-        uniform = torch.rand(count, generator=generator, device=device, dtype=torch.float32)
+        uniform = draw(torch.rand, count, generator=generator, device=device, dtype=torch.float32)
         return uniform if self.time_sampling == "uniform" else 0.999 * (1 - uniform ** (1 / 1.5))
 
     @torch.no_grad()
@@ -89,8 +102,8 @@ class FlowMatchingHead(DenoisingHead):
         times = torch.linspace(0, 1000, steps + 1, device=features.device)
         contexts = self.prepare(features, feature_mask, state, times if self.solver == "heun" else times[:-1])
         for step in range(steps):
-            velocity = self.predict(sample, contexts[step])
+            velocity = self.guided(sample, contexts[step])
             if self.solver == "heun":
-                velocity = (velocity + self.predict(sample + velocity / steps, contexts[step + 1])) / 2
+                velocity = (velocity + self.guided(sample + velocity / steps, contexts[step + 1])) / 2
             sample = sample + velocity / steps
         return check_finite(sample)

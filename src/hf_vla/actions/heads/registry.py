@@ -6,6 +6,7 @@ from hf_vla.actions.heads.base import ActionHead
 from hf_vla.actions.heads.classification import ClassificationHead
 from hf_vla.actions.heads.diffusion import DiffusionHead
 from hf_vla.actions.heads.flow_matching import FlowMatchingHead
+from hf_vla.actions.heads.networks.base import check_options
 from hf_vla.actions.heads.regression import RegressionHead
 
 ACTION_HEADS = {
@@ -21,6 +22,13 @@ def build_action_head(
 ) -> ActionHead:
     """Build a head from `{"type": ..., **options}`.
 
+    Args:
+        config (`dict`): type and options.
+        feature_dim, action_dim, chunk_size, state_dim: see [`~hf_vla.actions.heads.base.ActionHead`].
+
+    Returns:
+        The head.
+
     Raises:
         ValueError: the type or an option is unknown, or an option's value is not valid.
     """
@@ -28,7 +36,5 @@ def build_action_head(
     name = options.pop("type", None)
     if name not in ACTION_HEADS:
         raise ValueError(f"No action head {name!r}; there are {sorted(ACTION_HEADS)}.")
-    try:
-        return ACTION_HEADS[name](feature_dim, action_dim, chunk_size, state_dim, **options)
-    except TypeError as error:
-        raise ValueError(f"Action head {name!r}: {error}") from error
+    check_options(f"Action head {name!r}", ACTION_HEADS[name], options)
+    return ACTION_HEADS[name](feature_dim, action_dim, chunk_size, state_dim, **options)

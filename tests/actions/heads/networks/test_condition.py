@@ -127,3 +127,36 @@ def test_a_sample_without_a_real_token_raises(inputs):
     mask[1] = False
     with pytest.raises(ValueError, match="at least one real token in every sample"):
         build()(features, mask, state)
+
+
+def test_num_attention_heads_divide_the_features_among_themselves(inputs):
+    features, mask, state = inputs
+    encoders = [build("attention", num_attention_heads=heads) for heads in (1, 4)]
+    assert [encoder.attention.num_heads for encoder in encoders] == [1, 4]
+    assert build("attention").attention.num_heads == 8
+    one, four = (encoder(features, mask, state).vector for encoder in encoders)  # the same weights
+    assert (one - four).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("options", "width"), [({}, 1024), ({"hidden_dim": 24}, 24)])
+def test_hidden_dim_is_the_width_of_the_mlp(options, width):
+    linears = [m.weight.shape for m in build(combine="mlp", **options).combine if isinstance(m, torch.nn.Linear)]
+    assert linears == [(width, FEATURES + STATE), (width, width), (FEATURES, width)]
+
+
+@pytest.mark.parametrize("combine", ["linear", "mlp"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_reset_parameters_reaches_every_parameter_of_an_encoder_built_on_meta(pooling, combine):
+    options = {"pooling": pooling, "combine": combine}
+    with torch.device("meta"):
+        encoder = ConditionEncoder(64, 7, **options)
+    encoder.to_empty(device="cpu")
+    for parameter in encoder.parameters():
+        torch.nn.init.constant_(parameter, torch.nan)
+    torch.manual_seed(0)
+    encoder.reset_parameters()
+    built = ConditionEncoder(64, 7, **options)
+    for (name, parameter), other in zip(encoder.named_parameters(), built.parameters(), strict=True):
+        torch.testing.assert_close(parameter.std(), other.std(), rtol=0.3, atol=0, msg=name)
+    if pooling == "attention":
+        assert encoder.query.norm().item() == pytest.approx(1.0, rel=0.3)

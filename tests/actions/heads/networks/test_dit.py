@@ -98,10 +98,10 @@ def test_scaledp_sampling_is_as_recorded_in_every_step(scaledp, monkeypatch):
     calls = []
 
     def predict(sample, context):
-        calls.append((sample, DiffusionHead.predict(head, sample, context)))
+        calls.append((sample, DiffusionHead.guided(head, sample, context)))
         return calls[-1][1]
 
-    monkeypatch.setattr(head, "predict", predict)
+    monkeypatch.setattr(head, "guided", predict)
     final = head.sample(inputs["hidden_states"], real(inputs), inputs["states"], noise=inputs["init_noise"])
     torch.testing.assert_close(final, recorded["ddim_final"], rtol=0, atol=7e-4)
     samples, predictions = (torch.stack(tensors) for tensors in zip(*calls, strict=True))
@@ -188,7 +188,7 @@ def test_without_cross_attention_tokens_change_nothing(conditioning):
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_condition_costs_the_same_for_one_step_and_for_many(conditioning):
+def test_every_projection_of_time_and_condition_is_called_once_for_all_steps(conditioning):
     network, condition, calls = build(conditioning), observe(), []
     per_step = (
         "x_embedder",
@@ -303,6 +303,13 @@ def test_published_sizes(conditioning, depth, hidden_size, num_heads, cond_dim, 
         )
     count = sum(parameter.numel() for parameter in network.parameters())
     assert count == pytest.approx(published, rel=0.05 if conditioning == "in_context" else 0.15)  # as rounded
+
+
+@pytest.mark.parametrize("mlp_ratio", [1.5, 2.0])
+def test_mlp_ratio_is_the_width_of_the_mlp_over_the_hidden_size(mlp_ratio):
+    block = build(mlp_ratio=mlp_ratio).blocks[0]
+    assert block.mlp.fc1.weight.shape == (16 * mlp_ratio, 16) and block.mlp.fc2.weight.shape == (16, 16 * mlp_ratio)
+    assert build().blocks[0].mlp.fc1.out_features == 64  # four times is the default
 
 
 @pytest.mark.parametrize(

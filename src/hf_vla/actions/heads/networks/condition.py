@@ -38,6 +38,9 @@ class ConditionEncoder(nn.Module):
         hidden_dim (`int`): width of the `"mlp"`.
         num_attention_heads (`int`): of the attention pooling.
 
+    Raises:
+        ValueError: an option is not valid.
+
     Source: TinyVLA's ConditionalUnet1D, DexVLA's ScaleDP (published code).
     """
 
@@ -61,7 +64,7 @@ class ConditionEncoder(nn.Module):
         if pooling == "attention":
             if feature_dim % num_attention_heads:
                 raise ValueError(f"{num_attention_heads} attention heads do not divide {feature_dim} features.")
-            self.query = nn.Parameter(torch.randn(1, 1, feature_dim) * feature_dim**-0.5)
+            self.query = nn.Parameter(torch.empty(1, 1, feature_dim))
             self.attention = nn.MultiheadAttention(feature_dim, num_attention_heads, batch_first=True)
         self.norm = nn.LayerNorm(feature_dim) if norm else nn.Identity()
         joined = feature_dim + (state_dim or 0)
@@ -75,17 +78,38 @@ class ConditionEncoder(nn.Module):
             )
         else:
             self.combine = nn.Linear(joined, feature_dim) if state_dim else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights: the joining Linears N(0, 0.02) without bias, as TinyVLA; the query of length 1."""
+        if self.pooling == "attention":
+            nn.init.normal_(self.query, std=self.feature_dim**-0.5)
+            self.attention._reset_parameters()  # leaves out the weights behind the heads
+            self.attention.out_proj.reset_parameters()
+            nn.init.zeros_(self.attention.out_proj.bias)
+        if isinstance(self.norm, nn.LayerNorm):
+            self.norm.reset_parameters()
         for linear in (module for module in self.combine.modules() if isinstance(module, nn.Linear)):
-            nn.init.normal_(linear.weight, std=0.02)  # as published
+            nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
     def forward(
         self, features: torch.Tensor, feature_mask: torch.Tensor, state: torch.Tensor | None = None
     ) -> Condition:
-        """Encode `(batch_size, sequence_length, feature_dim)` features and a `(batch_size, state_dim)` state.
+        """Encode an observation.
+
+        Args:
+            features (`torch.Tensor` of shape `(batch_size, sequence_length, feature_dim)`): of the VLM, in the
+                precision of the weights.
+            feature_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, bool): True where a token is real.
+            state (`torch.Tensor` of shape `(batch_size, state_dim)`, *optional*): normalised.
+
+        Returns:
+            [`Condition`], in the precision of the features.
 
         Raises:
-            ValueError: a shape does not fit, a sample has no real token, or a state is missing or not wanted.
+            ValueError: a shape does not fit, the mask is not bool, a sample has no real token, or a state is missing
+                or not wanted.
         """
         expected = (*feature_mask.shape, self.feature_dim)
         if features.shape != expected or (state is not None and len(state) != len(features)):
@@ -93,6 +117,7 @@ class ConditionEncoder(nn.Module):
                 f"Expected features of shape {expected} and one state for each sample, came {tuple(features.shape)} "
                 f"and {None if state is None else len(state)} states."
             )
+        check_mask("feature_mask", feature_mask)
         given = None if state is None else state.shape[-1]
         if given != self.state_dim:
             raise ValueError(f"Expected a state of {self.state_dim} numbers (None: no state), came {given}.")
@@ -112,3 +137,15 @@ class ConditionEncoder(nn.Module):
             return features[torch.arange(len(features), device=mask.device), last]
         query = self.query.expand(len(features), -1, -1)
         return self.attention(query, features, features, key_padding_mask=~mask, need_weights=False)[0][:, 0]
+
+
+def check_mask(name: str, mask: torch.Tensor) -> None:
+    """Raise where a mask is not bool: `~` of an integer is no negation.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"Expected {name} to be bool, True where something is real, came {mask.dtype}: use {name}.bool()."
+        )

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_vla.actions.heads.networks.base import Denoiser
+from hf_vla.actions.heads.networks.base import DTYPES, Denoiser
 from hf_vla.actions.heads.networks.condition import Condition
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MAX_ROWS = 16  # scripts/benchmark_heads.py: up to here a matrix product is as fast as torch's convolution, or faster
+# scripts/benchmark_heads.py: up to here, on a CPU, a matrix product is as fast as torch's convolution, or faster
+MAX_ROWS = 16
 
 
 class ConditionalUnet1D(Denoiser):
@@ -30,6 +30,12 @@ class ConditionalUnet1D(Denoiser):
         n_groups (`int`): of the group norms; divides every level's channels.
         timestep_embedding_dtype (`str`): precision in which sines and cosines of the time are computed. `"bfloat16"`
             for weights that the published code has trained: it computes them so, whatever the network's precision.
+
+    The Linears of the blocks' `cond_encoder` are read by `prepare`, not called: adapters and hooks on them have no
+    effect. Train them in full, as the LoRA recipe does with the whole head.
+
+    Raises:
+        ValueError: an option is not valid.
 
     Source: Diffusion Policy, https://huggingface.co/papers/2303.04137; TinyVLA's published ConditionalUnet1D.
     """
@@ -150,7 +156,7 @@ class Conv1d(nn.Conv1d):
 
     def forward(self, x):
         """Convolve `(batch_size, T, in_channels)` into `(batch_size, ceil(T / stride), out_channels)`."""
-        if x.shape[0] * x.shape[1] > MAX_ROWS:
+        if not few_rows(x):
             return super().forward(x.transpose(1, 2)).transpose(1, 2)
         padding = self.padding[0]
         windows = F.pad(x, (0, 0, padding, padding)).unfold(1, self.kernel_size[0], self.stride[0])
@@ -165,7 +171,7 @@ class ConvTranspose1d(nn.ConvTranspose1d):
 
     def forward(self, x):
         """Map `(batch_size, T, channels)` to `(batch_size, 2 * T, channels)`."""
-        if x.shape[0] * x.shape[1] > MAX_ROWS:
+        if not few_rows(x):
             return super().forward(x.transpose(1, 2)).transpose(1, 2)
         windows = (x @ self.weight.flatten(1)).transpose(1, 2)  # what each input adds to four outputs in a row
         summed = F.fold(windows, (1, 2 * x.shape[1]), (1, 4), padding=(0, 1), stride=(1, 2))
@@ -182,6 +188,11 @@ class Resample(nn.Module):
     def forward(self, x):
         """Map `(batch_size, T, channels)` to `(batch_size, T / 2 or 2 * T, channels)`."""
         return self.conv(x)
+
+
+def few_rows(x):
+    """Whether a product with the weights of a convolution is as fast as the convolution: measured on CPUs only."""
+    return x.is_cpu and x.shape[0] * x.shape[1] <= MAX_ROWS
 
 
 class ConvBlock(nn.Module):

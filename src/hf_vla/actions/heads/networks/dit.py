@@ -8,11 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_vla.actions.heads.networks.base import Denoiser
+from hf_vla.actions.heads.networks.base import DTYPES, Denoiser
 from hf_vla.actions.heads.networks.condition import Condition
 
 CONDITIONINGS = ("adaln_zero", "in_context", "cross_attention")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class DiTContext(NamedTuple):
@@ -50,6 +49,9 @@ class DiT(Denoiser):
             - `"in_context"` (CogACT): their sum is one token in front of the chunk.
             - `"cross_attention"`: as `"adaln_zero"`, and each block attends to all of the condition's tokens.
         timestep_embedding_dtype (`str`): `"bfloat16"` rounds as the published ScaleDP does.
+
+    Raises:
+        ValueError: an option is not valid.
 
     Source: DiT, https://huggingface.co/papers/2212.09748; ScaleDP, https://huggingface.co/papers/2409.14411, as in
         DexVLA's published code; CogACT, https://huggingface.co/papers/2411.19650; the place of the cross-attention,
@@ -108,7 +110,11 @@ class DiT(Denoiser):
             nn.init.zeros_(self.pos_embed)
 
     def prepare(self, condition: Condition, times: torch.Tensor) -> list[DiTContext]:
-        """See [`Denoiser`]; one matrix product for the modulations of all steps, keys and values once for all."""
+        """See [`Denoiser`]; keys and values once for all steps.
+
+        The modulations of adaLN are a nonlinear function of the sum of time and condition, so each step has its own:
+        those of all steps are one matrix product.
+        """
         tokens = (self.t_embedder(times) + self.cond_obs_emb(condition.vector))[:, :, None]
         modulations = zip(*(layer.modulations(tokens) for layer in (*self.blocks, self.final_layer)), strict=True)
         memories = [block.memory(condition.tokens) for block in self.blocks]

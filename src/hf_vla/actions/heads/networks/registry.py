@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hf_vla.actions.heads.networks.base import Denoiser
+from hf_vla.actions.heads.networks.base import Denoiser, check_options
 from hf_vla.actions.heads.networks.conditional_unet1d import ConditionalUnet1D
 from hf_vla.actions.heads.networks.dit import DiT
 
@@ -12,6 +12,15 @@ DENOISERS = {"conditional_unet1d": ConditionalUnet1D, "dit": DiT}
 def build_denoiser(config: dict[str, Any], action_dim: int, chunk_size: int, cond_dim: int) -> Denoiser:
     """Build a denoiser from `{"type": ..., **options}`.
 
+    Args:
+        config (`dict`): type and options.
+        action_dim (`int`): numbers of one action.
+        chunk_size (`int`): actions of one chunk.
+        cond_dim (`int`): size of the condition's vector and tokens.
+
+    Returns:
+        The denoiser.
+
     Raises:
         ValueError: the type or an option is unknown, or an option's value is not valid.
     """
@@ -19,7 +28,5 @@ def build_denoiser(config: dict[str, Any], action_dim: int, chunk_size: int, con
     name = options.pop("type", None)
     if name not in DENOISERS:
         raise ValueError(f"No denoiser {name!r}; there are {sorted(DENOISERS)}.")
-    try:
-        return DENOISERS[name](action_dim, chunk_size, cond_dim, **options)
-    except TypeError as error:
-        raise ValueError(f"Denoiser {name!r}: {error}") from error
+    check_options(f"Denoiser {name!r}", DENOISERS[name], options)
+    return DENOISERS[name](action_dim, chunk_size, cond_dim, **options)
