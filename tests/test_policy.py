@@ -120,6 +120,26 @@ def test_takes_several_cameras_by_name_and_says_which_is_missing():
     assert policy.processor.inputs["images"][0]["wrist"] is None
 
 
+def test_a_picture_of_some_camera_is_needed():
+    wrist, front = CameraSpec("wrist", 8, 8), CameraSpec("front", 8, 8)
+    missing = observe(**{"observation.images.front": None, "observation.images.wrist": None})
+    for cameras, names in (((front,), "'front'"), ((wrist, front), "'wrist' or 'front'")):
+        with pytest.raises(ValueError, match=f"needs a picture of {names}, came None"):
+            Policy(Counter(), EchoProcessor(*cameras)).predict_chunk(missing)
+
+
+def test_another_task_starts_ensemble_and_seed_anew():
+    policy = Policy(Counter(), EchoProcessor(), ensemble_coefficient=0.0, seed=3)
+
+    def act(task):
+        action = float(policy.select_action(observe(task=task))[0])
+        return action, torch.rand(1, generator=policy.model.options["generator"]).item()
+
+    first, second, third = act("push"), act("push"), act("pull")
+    assert [action for action, _ in (first, second, third)] == pytest.approx([1.0, (1.1 + 2.0) / 2, 3.0])
+    assert third[1] == first[1] != second[1]
+
+
 def test_a_seed_repeats_from_reset_on():
     policy = Policy(Counter(), EchoProcessor(), seed=3)
 

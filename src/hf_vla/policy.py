@@ -117,8 +117,9 @@ class Policy:
 
         Args:
             observation (`dict`): `observation.images.<camera>` (H, W, 3) uint8 (or whatever the processor takes) of
-                every camera that the checkpoint declares, None where one is missing and the family can do without;
-                `task`, and what the checkpoint declares of `observation.state` (S,) and `observation.depth.<camera>`
+                every camera that the checkpoint declares. None where one of several is missing: a family of several
+                cameras masks it, which its network knows only if pictures were missing in training. Also `task`, and
+                what the checkpoint declares of `observation.state` (S,) and `observation.depth.<camera>`
                 (H, W) in metres. Other entries are ignored.
 
         Returns:
@@ -161,6 +162,8 @@ class Policy:
                 f"{sorted(observation)}."
             )
         names = self._camera_names(observation)
+        if all(observation[IMAGES + name] is None for name in names):
+            raise ValueError(f"This checkpoint needs a picture of {' or '.join(map(repr, names))}, came None.")
         images = {name: observation[IMAGES + name] for name in names}
         inputs = {"images": [images if len(names) > 1 else images[names[0]]], "text": [observation[TASK]]}
         for name, camera in zip(names, self.cameras, strict=False):

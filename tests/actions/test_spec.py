@@ -92,6 +92,9 @@ def test_invalid_gripper_and_state_are_refused():
         StateSpec(("x", "x"))
     with pytest.raises(ValueError, match="Unknown rotation format 'rpy'"):
         StateSpec(("x",), rotation="rpy")
+    with pytest.raises(ValueError, match="take 6 numbers; the state has 4: .*'g'.* Leave rotation out"):
+        StateSpec(("x", "y", "z", "g"), rotation="axis_angle")
+    assert StateSpec(tuple("xyzrpw"), rotation="axis_angle").rotation == "axis_angle"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -140,6 +141,22 @@ def test_names_of_pictures(stereo, pictures, names, code, message):
     images = [part for name in names for part in ("--image", f"{name}={path}" if name else path)]
     result = predict("--model", "m", *images, "--text", "wave")
     assert result.exit_code == code and message in " ".join(result.stderr.replace("│", "").split())
+
+
+def test_a_name_without_a_file_is_a_missing_camera(stereo, pictures):
+    images = ["--image", "front=", "--image", f"wrist={pictures['wrist']}"]
+    result = predict("--model", "m", *images, "--text", "wave")
+    assert result.exit_code == 0, result.output
+    (observation,) = stereo.observations
+    assert observation["observation.images.front"] is None
+    assert observation["observation.images.wrist"].size == (11, 20)
+    with pytest.raises(typer.BadParameter, match="File 'front' does not exist"):
+        parse_images(["front"])
+    with pytest.raises(typer.BadParameter, match="name each once"):
+        parse_images(["front=", "front="])
+    for nothing in ("", "="):
+        with pytest.raises(typer.BadParameter, match="does not exist"):
+            parse_images([nothing])
 
 
 def test_a_file_name_may_hold_an_equals_sign(tmp_path):

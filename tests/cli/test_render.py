@@ -1,6 +1,10 @@
+import io
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from hf_vla.actions.spec import ActionSpec, GripperSpec
 from hf_vla.cli.render import chunk_table, describe, plot_chunk, translation_path
@@ -11,10 +15,32 @@ JOINTS = ActionSpec(("j1", "j2", "j3", "j4"), "joint")
 
 
 def test_table_has_a_row_per_step_and_a_column_per_dimension():
-    table = chunk_table(CHUNK, SPEC, "[pick] up")
+    (table,) = chunk_table(CHUNK, SPEC, "[pick] up").renderables
     assert [column.header for column in table.columns] == ["step", "dx", "dy", "dz", "gripper"]
     assert list(table.columns[3].cells) == ["-0.2000", "+0.0000"]
     assert str(table.title) == r"\[pick] up"
+
+
+@pytest.mark.parametrize(
+    ("steps", "names", "scale", "parts"),
+    [
+        (4, [f"d{index}" for index in range(7)], 1.0, [7]),
+        (16, [f"d{index}" for index in range(10)], 1.0, [5, 5]),
+        (16, [f"d{index}" for index in range(14)], 1.0, [7, 7]),
+        (16, [f"left_arm_forearm_roll_{index}" for index in range(14)], 100.0, [5, 5, 4]),
+    ],
+)
+def test_every_number_can_be_read_in_80_columns(steps, names, scale, parts):
+    chunk = scale * (1.0 + np.arange(steps * len(names)).reshape(steps, -1) / 1000)
+    tables = chunk_table(chunk, ActionSpec(tuple(names), "joint"), "wave")
+    assert [len(table.columns) - 1 for table in tables.renderables] == parts
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(tables)
+    lines = console.export_text().splitlines()
+    numbers = [number for line in lines for number in re.findall(r"[+-]\d+\.\d+(?= │)", line)]
+    assert sorted(map(float, numbers)) == pytest.approx(sorted(chunk.ravel().round(4)))
+    assert max(map(len, lines)) <= 80 and sum("wave" in line for line in lines) == 1
+    assert sum(line.startswith("│") for line in lines) == steps * len(parts)
 
 
 def test_description_says_what_is_known():

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -40,6 +41,23 @@ def test_of_several_cameras_each_sample_has_a_dictionary(goldens):
     assert [list(images) for images in batch["images"]] == [names] * 2
     for images, item in zip(batch["images"], items, strict=True):
         assert all(torch.equal(images[name], item[key]) for name, key in zip(names, keys, strict=True))
+
+
+def test_cameras_are_withheld_never_all_and_alike_for_the_same_rows(goldens):
+    dataset = LeRobotEpisodes(goldens / "lerobot" / "datasets" / "v30_images", {"action": [0.0]})
+    keys, items = dataset.camera_keys[:2], [dataset[0], dataset[1]]
+    collator = VLACollator(Recorder(), "x", keys)
+
+    def withheld(items, **options):
+        return [[each is None for each in images.values()] for images in collator(items, **options)["images"]]
+
+    drawn = np.array([withheld(items, camera_dropout=0.4, seed=seed) for seed in range(300)]).reshape(-1, 2)
+    assert not drawn.all(1).any()
+    assert drawn.mean() == pytest.approx(0.4 - 0.4**2 / 2, abs=0.04)  # of two that would be withheld one is not
+    assert withheld(items, camera_dropout=0.4, seed=1) == withheld(items, camera_dropout=0.4, seed=1)
+    rows = [[dataset[row], dataset[row]] for row in range(8)]
+    assert len({str(withheld(pair, camera_dropout=0.4)) for pair in rows}) > 1
+    assert withheld(items) == [[False, False]] * 2 and items[0][keys[0]] is not None
 
 
 @pytest.mark.parametrize("cameras", ["wrist", []])

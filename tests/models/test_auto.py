@@ -8,6 +8,7 @@ from hf_vla.models.auto import FAMILIES, family_class
 
 PUBLISHED = {"spatialvla": "spatialvla/zoe1_spatial_chunk4/checkpoint"}
 STATISTICS = {"robot": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}}
+SIZES = {"tinyvla": {"action_dim": 7, "state_dim": None, "chunk_size": 4}}
 REMOTE = {"AutoConfig": "configuration_x.X", "AutoModel": "modeling_x.X", "AutoProcessor": "processing_x.X"}
 
 
@@ -22,7 +23,7 @@ def checkpoint(family, goldens, tmp_path):
     if family in PUBLISHED:
         shutil.copytree(goldens / PUBLISHED[family], tmp_path, dirs_exist_ok=True)
     else:
-        config = family_class(family, "configuration").from_preset("tiny")
+        config = family_class(family, "configuration").from_preset("tiny", **SIZES.get(family, {}))
         family_class(family, "modeling")(config).save_pretrained(tmp_path)
         processor = family_class(family, "processing").from_scratch(config, STATISTICS, {"chunk_size": 4}, {})
         processor.save_pretrained(tmp_path)

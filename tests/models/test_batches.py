@@ -48,3 +48,9 @@ def test_measurements_keep_their_precision():
     batch = VLAFeatures({name: third.clone() for name in names}).to("cpu", torch.bfloat16)
     assert batch["pixel_values"].dtype == torch.bfloat16
     assert all(torch.equal(batch[name], third) for name in names[1:])
+
+
+def test_measurements_need_no_pictures_beside_them_and_arrays_stay():
+    third = np.float32([1 / 3])
+    batch = VLAFeatures({"state": torch.from_numpy(third), "actions": third}).to("cpu", torch.bfloat16)
+    assert batch["state"].dtype == torch.float32 and batch["actions"] is third

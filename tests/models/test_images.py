@@ -1,11 +1,13 @@
 import io
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.image_processing_backends import TorchvisionBackend
 
-from hf_vla.models.images import to_rgb
+from hf_vla.models.images import pil_backend, to_rgb
 
 RGB = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3
 
@@ -81,3 +83,21 @@ def test_tiny_and_huge(size):
 def test_bad_images(image, message):
     with pytest.raises(ValueError, match=message):
         to_rgb(image)
+
+
+@pytest.mark.parametrize("name", ["siglip.SiglipImageProcessor", "clip.CLIPImageProcessor", "pi0.PI0ImageProcessor"])
+def test_image_processors_are_pils_whether_there_is_torchvision_or_not(name):
+    module, _, name = name.partition(".")
+    module = import_module(f"transformers.models.{module}.image_processing_{module}")
+    options = {"size": {"height": 8, "width": 8}, "image_seq_length": 4}
+    ours = pil_backend(getattr(module, name)(**options))
+    assert type(ours).__name__ == name.replace("PI0", "Siglip") + "Pil" and pil_backend(ours) is ours
+    assert dict(ours.size) == options["size"] and ours.image_seq_length == 4
+
+
+def test_an_image_processor_without_a_pil_backend_is_refused():
+    class Strange(TorchvisionBackend):
+        pass
+
+    with pytest.raises(ValueError, match="got Strange, which has none"):
+        pil_backend(Strange())

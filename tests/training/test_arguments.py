@@ -1,4 +1,6 @@
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,12 +75,48 @@ def test_the_command_line_overrides_the_file():
         ({"model.config": 3}, "model.config: expected"),
         ({"training.full_learning_rate": "fast"}, "training.full_learning_rate: expected float"),
         ({"data.cameras.0.intrinsics": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}, "came both"),
+        ({"data.camera_dropout": 0.5}, "and 0 for one camera alone, came 0.5 for"),
+        ({"data.cameras.0.name": "wrist", "data.camera_dropout": 1.0}, "camera_dropout from 0 to below 1"),
+        ({"training.full_learning_rate": 0.0}, "full_learning_rate above 0, came 0.0"),
+        ({"training.full_learning_rate": 1e-4}, "full_learning_rate is that of what is trained beside adapters"),
+        ({"model.dtype": "bfloat16"}, "leave model.dtype float32, and set training.bf16: true"),
+        (
+            {
+                "model.preset": None,
+                "model.grid": None,
+                "model.path": "x",
+                "model.lora.r": 4,
+                "model.dtype": "bfloat16",
+            },
+            "leave model.dtype float32, and set training.bf16: true",
+        ),
         ({"data.cameras.0.fovy": 180}, "between 0 and 180 degrees, came 180"),
     ],
 )
 def test_mistakes_in_a_recipe_are_errors_that_name_them(overrides, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(TINY, overrides)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, None),
+        ({"activation_checkpointing": True}, True),
+        ({"activation_checkpointing": True, "ddp_find_unused_parameters": False}, False),
+    ],
+)
+def test_weights_without_a_gradient_are_looked_for_with_activation_checkpointing(options, wanted):
+    recipe = load_recipe(TINY, {f"training.{name}": value for name, value in options.items()})
+    assert recipe.training.ddp_find_unused_parameters is wanted
+
+
+def test_a_second_learning_rate_needs_our_optimizer():
+    recipe = load_recipe(RECIPES / "tinyvla_lora.yaml", {"training.use_cpu": True})
+    for config, fails in (({"optimizer": {"type": "AdamW"}}, True), ({}, False)):
+        recipe.training.hf_deepspeed_config = SimpleNamespace(config=config)
+        with pytest.raises(ValueError, match="leave DeepSpeed's section optimizer out") if fails else nullcontext():
+            recipe.__post_init__()
 
 
 @pytest.mark.parametrize("arguments", [[], ["--config", "x", "max_steps", "3"], ["--config", "x", "--training.seed"]])

@@ -143,7 +143,7 @@ class StateSpec(_Spec):
         frame (`str`, *optional*): frame the end-effector values are given in.
 
     Raises:
-        ValueError: names are missing or repeat, or the rotation format is unknown.
+        ValueError: names are missing or repeat, the rotation format is unknown, or there are too few numbers for it.
     """
 
     names: tuple[str, ...]
@@ -152,8 +152,12 @@ class StateSpec(_Spec):
 
     def __post_init__(self):
         object.__setattr__(self, "names", _names(self.names))
-        if self.rotation is not None:
-            rotation_shape(self.rotation)
+        needed = 0 if self.rotation is None else 3 + math.prod(rotation_shape(self.rotation))
+        if needed > len(self.names):
+            raise ValueError(
+                f"A translation and a rotation as {self.rotation!r} take {needed} numbers; the state has "
+                f"{len(self.names)}: {list(self.names)}. Leave rotation out where there is none."
+            )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ def predict(
     image: Annotated[
         list[str],
         typer.Option(
-            metavar="[NAME=]FILE", help="Picture from the checkpoint's camera; of several cameras NAME=FILE for each."
+            metavar="[NAME=]FILE",
+            help="Picture from the checkpoint's camera; of several, NAME=FILE for each, NAME= for a missing one.",
         ),
     ],
     text: Annotated[str, typer.Option(help='Instruction, such as "pick up the red cube".')],
@@ -39,9 +40,10 @@ def predict(
     policy = Policy.from_pretrained(model, unnorm_key=unnorm_key, device=device, seed=seed)
     observation = {TASK: text}
     for camera, path in name_cameras(files, policy.cameras).items():
-        with Image.open(path) as file:
-            observation[IMAGES + camera] = ImageOps.exif_transpose(file)
-    picture = next(value for key, value in observation.items() if key.startswith(IMAGES))
+        observation[IMAGES + camera] = None
+        if path is not None:
+            with Image.open(path) as file:
+                observation[IMAGES + camera] = ImageOps.exif_transpose(file)
     if state is not None:
         if not policy.takes_state:
             raise ValueError("This checkpoint takes no state: leave --state out.")
@@ -50,12 +52,14 @@ def predict(
     console = Console()
     console.print(chunk_table(chunk, policy.action_spec, title=f"{text} ({policy.unnorm_key})"))
     if plot is not None:
+        pictures = (value for key, value in observation.items() if key.startswith(IMAGES))
+        picture = next(value for value in pictures if value is not None)
         plot_chunk(chunk, policy.action_spec, picture, title=text).savefig(plot)
         console.print(f"Wrote {plot}", highlight=False)
 
 
 def parse_images(values):
-    """Read `NAME=FILE`, or one FILE, into camera's name (None) -> path.
+    """Read `NAME=FILE`, or one FILE, into camera's name (None) -> path; `NAME=` is a missing picture, None.
 
     Raises:
         typer.BadParameter: a file does not exist, several are not named, or a name comes twice.
@@ -65,11 +69,11 @@ def parse_images(values):
         name, equals, path = value.partition("=")
         if not equals or Path(value).is_file():  # a file's name may hold the sign
             name, path = None, value
-        if not Path(path).is_file():
+        if not (name and not path) and not Path(path).is_file():
             raise typer.BadParameter(f"File {path!r} does not exist.", param_hint="--image")
         if name in files or (len(values) > 1 and not name):
             raise typer.BadParameter(f"Of several pictures, name each once: NAME={path}.", param_hint="--image")
-        files[name or None] = path
+        files[name or None] = path or None
     return files
 
 

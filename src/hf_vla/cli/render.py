@@ -5,12 +5,15 @@ import math
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
 # Where the drawing puts x, y and z (pixels count downwards): x to the lower left, y right, z up. The camera's pose is
 # not known, so this is a convention of drawing and not a projection.
 AXES = np.array([[-0.5, 0.5], [1.0, 0.0], [0.0, -1.0]])
+# of a table, in characters: a terminal's width; its outer border and the column of steps; a cell's border and blanks
+WIDTH, BORDERS, CELL = 80, 8, 3
 
 
 def dimension_names(spec, action_dim):
@@ -34,7 +37,7 @@ def describe(spec):
 
 
 def chunk_table(chunk, spec, title):
-    """Lay out an action chunk.
+    """Lay out an action chunk, in several tables where its dimensions do not fit one of 80 columns.
 
     Args:
         chunk (`np.ndarray` of shape `(chunk_size, action_dim)`): robot units.
@@ -42,15 +45,20 @@ def chunk_table(chunk, spec, title):
         title (`str`): shown above.
 
     Returns:
-        `rich.table.Table`: one row per step, one column per dimension.
+        `rich.console.Group` of `rich.table.Table`: one row per step, one column per dimension.
     """
-    table = Table(title=escape(title), caption=escape(describe(spec)))
-    table.add_column("step", justify="right")
-    for name in dimension_names(spec, chunk.shape[-1]):
-        table.add_column(escape(name), justify="right")
-    for step, action in enumerate(chunk):
-        table.add_row(str(step), *(f"{value:+.4f}" for value in action))
-    return table
+    names, cells = dimension_names(spec, chunk.shape[-1]), np.vectorize("{:+.4f}".format)(chunk)
+    width = max(map(len, cells.flat))
+    count = math.ceil(len(names) / max(1, (WIDTH - BORDERS) // (width + CELL)))
+    tables = [Table() for _ in range(count)]
+    for table, dimensions in zip(tables, np.array_split(np.arange(len(names)), count), strict=True):
+        table.add_column("step", justify="right")
+        for dimension in dimensions:
+            table.add_column(escape(names[dimension]), justify="right", min_width=width, overflow="fold")
+        for step, row in enumerate(cells[:, dimensions]):
+            table.add_row(str(step), *row)
+    tables[0].title, tables[-1].caption = escape(title), escape(describe(spec))
+    return Group(*tables)
 
 
 def plot_chunk(chunk, spec, image, title):

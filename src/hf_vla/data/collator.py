@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from hf_vla.data import schema
@@ -26,13 +27,23 @@ class VLACollator:
         self.camera_keys = [schema.camera_key(camera) for camera in cameras]
         self.with_state = with_state
 
-    def __call__(self, items: Sequence[dict]):
+    def __call__(self, items: Sequence[dict], camera_dropout: float = 0.0, seed: int = 0):
         """Make a training batch.
+
+        Args:
+            items (`Sequence[dict]`): of the dataset.
+            camera_dropout (`float`): probability with which each of several cameras is withheld from a sample, though
+                never all of them.
+            seed (`int`): settles, together with the batch's rows, which are withheld: a run that is resumed, or
+                divided among several workers, withholds the same.
 
         Raises:
             ValueError: the items lack the camera, the actions' padding or the state.
         """
         targets = self._targets(items)
+        if camera_dropout:
+            generator = np.random.default_rng([seed, *(int(item["index"]) for item in items)])
+            items = [self._withhold(item, camera_dropout, generator) for item in items]
         return self._process(items, **targets)
 
     def prompts(self, items: Sequence[dict]) -> dict:
@@ -64,6 +75,12 @@ class VLACollator:
             **targets,
             **state,
         )
+
+    def _withhold(self, item, probability, generator):
+        withheld = generator.random(len(self.camera_keys)) < probability
+        if withheld.all():
+            withheld[generator.integers(len(withheld))] = False
+        return item | {key: None for key, out in zip(self.camera_keys, withheld, strict=True) if out}
 
     def _pictures(self, item):
         if len(self.camera_keys) == 1:

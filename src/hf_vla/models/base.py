@@ -1,6 +1,16 @@
-"""What the model families share: loading that never serves a re-initialised weight."""
+"""What the model families share: no re-initialised weights, one precision, no inputs that nobody reads."""
 
+import inspect
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+
+from hf_vla.models.names import refuse_unknown
 
 
 class VLAPreTrainedModel(PreTrainedModel):
@@ -9,13 +19,24 @@ class VLAPreTrainedModel(PreTrainedModel):
     # The loss is a mean over the batch: scaling it by the number of items in a step would be wrong.
     accepts_loss_kwargs = False
 
+    def __init__(self, config: PreTrainedConfig):
+        # A part would else be built in the precision that its own, published configuration names.
+        _set_dtype_of_parts(config, torch.get_default_dtype())
+        super().__init__(config)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         """Load a checkpoint; arguments and result are those of [`~transformers.PreTrainedModel.from_pretrained`].
 
+        The base model of an adapter is looked for where it was, then in the folder `base` that moved with the adapter.
+
         Raises:
             ValueError: the checkpoint lacks weights of the model, or holds them in another shape.
         """
+        if (base := _base_of_adapter(Path(str(pretrained_model_name_or_path)))) is not None:
+            adapter = {"_adapter_model_path": str(pretrained_model_name_or_path)}
+            kwargs["adapter_kwargs"] = (kwargs.get("adapter_kwargs") or {}) | adapter
+            pretrained_model_name_or_path = base
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
@@ -34,4 +55,45 @@ class VLAPreTrainedModel(PreTrainedModel):
         Arguments are those of [`~transformers.PreTrainedModel.save_pretrained`], which would write the names that
         older versions of transformers gave to the backbones' parameters.
         """
+        _set_dtype_of_parts(self.config, self.dtype)
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+
+    def check_inputs(self, method: str, others: dict[str, Any], known: Iterable[str] = ()) -> dict[str, Any]:
+        """Refuse inputs that nobody would read.
+
+        Args:
+            method (`str`): name of the method that was called.
+            others (`dict`): what it was given beside its own parameters; wrappers such as peft's hand on some None.
+            known (`Iterable[str]`): names that it hands on.
+
+        Returns:
+            `dict`: `others` without those that are None.
+
+        Raises:
+            ValueError: a name is not known; the text says which was probably meant.
+        """
+        given = {name: value for name, value in others.items() if value is not None}
+        if unknown := given.keys() - set(known):
+            parameters = inspect.signature(getattr(type(self), method)).parameters.values()
+            own = {each.name for each in parameters if each.kind != each.VAR_KEYWORD} - {"self"}
+            refuse_unknown(f"{type(self).__name__}.{method}", unknown, {*own, *known})
+        return given
+
+
+def _base_of_adapter(folder: Path) -> str | None:
+    """Folder or Hub name of the model that an adapter adapts; None where the folder holds none, or whole weights."""
+    adapter = folder / "adapter_config.json"
+    if not adapter.is_file() or any(folder.glob("model*.safetensors*")):
+        return None
+    recorded = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if recorded and (not Path(recorded).is_absolute() or Path(recorded).is_dir()):
+        return recorded
+    beside = [folder / "base"] + [folder.parent / "base"] * folder.name.startswith("checkpoint-")
+    return next((str(base) for base in beside if (base / "config.json").is_file()), recorded)
+
+
+def _set_dtype_of_parts(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            part.dtype = dtype
+            _set_dtype_of_parts(part, dtype)

@@ -13,10 +13,11 @@ class VLAFeatures(BatchFeature):
     """A batch whose measurements stay float32 when `.to(dtype)` casts the rest: bfloat16 would shift them."""
 
     def to(self, *args, **kwargs) -> "VLAFeatures":
-        """Move to a device, cast to a precision, or both."""
+        """Move to a device, cast to a precision, or both; arrays stay as they are."""
         measured = {key: self[key] for key in ("intrinsics", "depth", "state", "actions") if key in self}
         super().to(*args, **kwargs)
-        self.update({key: value.to(self["pixel_values"].device) for key, value in measured.items()})
+        tensors = {key: value for key, value in measured.items() if isinstance(value, torch.Tensor)}
+        self.update({key: value.to(self[key].device) for key, value in tensors.items()})
         return self
 
 
@@ -55,8 +56,28 @@ def _is_list_of_arrays(values) -> bool:
     return isinstance(values, (list, tuple)) and any(isinstance(value, (torch.Tensor, np.ndarray)) for value in values)
 
 
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """Id of a token that the tokenizer must know.
+
+    Raises:
+        ValueError: it does not.
+    """
+    index = tokenizer.convert_tokens_to_ids(token)
+    if index is None or index == tokenizer.unk_token_id:
+        raise ValueError(f"The tokenizer has no token {token!r}: is it that of another model?")
+    return index
+
+
+def control_ids(tokenizer: PreTrainedTokenizerBase, *others: int) -> set[int]:
+    """What no instruction may hold: special tokens and others; unknown characters are no crime."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {*others, *special, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+
+
 def check_words(text: str, tokenizer: PreTrainedTokenizerBase, control_ids: set[int]) -> None:
     """Refuse an instruction that is no text, or that holds tokens which control the model.
+
+    An empty one is allowed: there are datasets without instructions.
 
     Raises:
         ValueError: it does.

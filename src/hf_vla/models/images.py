@@ -1,8 +1,10 @@
-"""Whatever a caller has for an image -> an upright 8-bit RGB image."""
+"""Whatever a caller has for an image -> an upright 8-bit RGB image; image processors that always resize alike."""
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image, ImageOps
+from transformers.image_processing_backends import TorchvisionBackend
 
 
 def to_rgb(image) -> Image.Image:
@@ -42,6 +44,33 @@ def to_rgb(image) -> Image.Image:
             f"its channels first, got the shape (height, width, channels) = {image.shape}."
         )
     return Image.fromarray(_to_uint8(image)).convert("RGB")
+
+
+def pil_backend(image_processor):
+    """Take the PIL backend of an image processor, which resizes otherwise than torchvision's.
+
+    Transformers chooses the latter wherever torchvision is installed; a model must not see other pixels for that.
+
+    Args:
+        image_processor (`BaseImageProcessor`): of transformers, of any backend.
+
+    Returns:
+        `BaseImageProcessor`: with the same options; itself, where torchvision has no part in it.
+
+    Raises:
+        ValueError: transformers has no PIL backend for it.
+    """
+    if not isinstance(image_processor, TorchvisionBackend):
+        return image_processor
+    name = type(image_processor).__name__
+    name = "SiglipImageProcessor" if name == "PI0ImageProcessor" else name  # the same steps, without a PIL backend
+    backend = getattr(transformers, f"{name}Pil", None)
+    if backend is None:
+        raise ValueError(
+            f"Expected an image processor with a PIL backend, got {name}, which has none: its pixels would change "
+            "with the version of torchvision."
+        )
+    return backend(**image_processor.to_dict())
 
 
 def _to_uint8(values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the processors of models that emit normalised actions share: named cameras, state, targets, decoding."""
+"""What processors share: a dataset's cameras; of models that emit normalised actions, all but their prompts."""
 
 from abc import abstractmethod
 
@@ -9,7 +9,7 @@ from transformers import ProcessorMixin
 from hf_vla.actions.codec import ActionCodec
 from hf_vla.actions.spec import CameraSpec
 from hf_vla.models.batches import VLAFeatures, as_numpy, decode_predictions, per_sample, targets
-from hf_vla.models.images import to_rgb
+from hf_vla.models.images import pil_backend, to_rgb
 from hf_vla.models.outputs import VLAOutput
 
 DEFAULT_CAMERAS = "default"
@@ -42,7 +42,7 @@ class ContinuousActionProcessor(ProcessorMixin):
         if self.action_codec.tokenizer is not None:
             raise ValueError("This model predicts continuous actions: leave action_config['tokenizer'] out.")
         self.cameras = {key: _camera_specs(key, cameras) for key, cameras in (camera_config or {}).items()}
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        super().__init__(pil_backend(image_processor), tokenizer, chat_template=chat_template)
 
     @abstractmethod
     def encode_prompts(self, views: list[list[tuple[Image.Image, bool]]], texts: list[str]) -> dict[str, np.ndarray]:
@@ -55,6 +55,9 @@ class ContinuousActionProcessor(ProcessorMixin):
 
         Returns:
             `dict[str, np.ndarray]`: inputs by name, padded on the right.
+
+        Raises:
+            ValueError: an instruction is no text, or holds tokens that control the model.
         """
 
     def __call__(
@@ -76,7 +79,8 @@ class ContinuousActionProcessor(ProcessorMixin):
             images: one entry, or a list with one per sample: an image, where one camera is declared, else
                 `{camera name: image or None}`, None where the camera's picture is missing; see
                 [`~hf_vla.models.images.to_rgb`].
-            text (`str` or `list[str]`): instruction, one for all or one per sample.
+            text (`str` or `list[str]`): instruction, one for all or one per sample; blanks around it are dropped. It
+                may be empty: there are datasets without instructions.
             state (`(S,)` or `(batch_size, S)`, *optional*): robot units; needed where the checkpoint declares one.
             actions (`(T, D)` or `(batch_size, T, D)`, *optional*): targets in robot units.
             action_mask (`(T,)` or `(batch_size, T)` of bool, *optional*): True where an action is real.
@@ -90,13 +94,15 @@ class ContinuousActionProcessor(ProcessorMixin):
             normalised, float32.
 
         Raises:
-            ValueError: something is missing, not declared or not usable, or counts differ.
+            ValueError: something is missing, not declared or not usable, no camera has a picture, or counts differ.
         """
         for name, value in (("intrinsics", intrinsics), ("depth", depth), ("reasoning", reasoning)):
             if value is not None:
                 raise ValueError(f"This model takes no {name}; leave `{name}` out.")
         images, texts, keys = per_sample(images, text, unnorm_key)
         views = [_views(sample, self.camera_specs(key)) for sample, key in zip(images, keys, strict=True)]
+        if blind := [index for index, sample in enumerate(views) if not any(there for _, there in sample)]:
+            raise ValueError(f"Expected a picture of at least one camera, got none for the samples {blind}.")
         data = self.encode_prompts(views, texts)
         if self.action_codec.takes_state:
             data["state"] = self._states(state, keys)
@@ -129,29 +135,56 @@ class ContinuousActionProcessor(ProcessorMixin):
         return decode_predictions(self.action_codec, as_numpy(output.actions), unnorm_key)
 
     def camera_specs(self, unnorm_key: str | None = None) -> tuple[CameraSpec, ...]:
-        """Cameras of a dataset, in the order of the prompt: its own, else the default ones; () where none is declared.
+        """Cameras of a dataset, in the order of the prompt.
+
+        Args:
+            unnorm_key (`str`, *optional*): a dataset's name; may be left out where the checkpoint knows one.
+
+        Returns:
+            `tuple[CameraSpec, ...]`: its own, else the default ones; () where none is declared at all.
 
         Raises:
             ValueError: the key is unknown, or there are several datasets, no default and no key.
         """
-        if unnorm_key is None and len(self.action_codec.keys) == 1:
-            unnorm_key = self.action_codec.keys[0]
-        if unnorm_key in self.cameras:
-            return self.cameras[unnorm_key]
-        if unnorm_key is not None:
-            self.action_codec.resolve_key(unnorm_key)
-        if self.cameras and DEFAULT_CAMERAS not in self.cameras:
-            raise ValueError(f"No cameras for {unnorm_key!r}; this checkpoint knows those of {sorted(self.cameras)}.")
-        return self.cameras.get(DEFAULT_CAMERAS, ())
+        return dataset_cameras(self.cameras, self.action_codec, unnorm_key)
 
     def _states(self, state, keys) -> np.ndarray:
         if state is None:
             raise ValueError("This checkpoint needs the robot's state: give `state`, one row of numbers per sample.")
         state = as_numpy(state)
+        if state.dtype.kind not in "fiu":
+            raise ValueError(f"Expected a state of numbers, got {state.dtype}: {state.tolist()}.")
         state = state[None] if state.ndim == 1 else state
         if len(state) != len(keys) or state.ndim != 2:
             raise ValueError(f"Expected a state of shape ({len(keys)}, S), one row per sample, got {state.shape}.")
         return np.stack([self.action_codec.encode_state(row, key) for row, key in zip(state, keys, strict=True)])
+
+
+def dataset_cameras(
+    cameras: dict[str, tuple[CameraSpec, ...]], codec: ActionCodec, unnorm_key: str | None
+) -> tuple[CameraSpec, ...]:
+    """Choose a dataset's cameras.
+
+    Args:
+        cameras (`dict[str, tuple[CameraSpec, ...]]`): by dataset; the key `"default"` serves all others.
+        codec ([`~hf_vla.actions.codec.ActionCodec`]): knows the datasets.
+        unnorm_key (`str`, *optional*): a dataset's name; may be left out where the codec knows one.
+
+    Returns:
+        `tuple[CameraSpec, ...]`: () where none is declared at all.
+
+    Raises:
+        ValueError: the key is unknown, or there are several datasets, no default and no key.
+    """
+    if unnorm_key is None and len(codec.keys) == 1:
+        unnorm_key = codec.keys[0]
+    if unnorm_key in cameras:
+        return cameras[unnorm_key]
+    if unnorm_key is not None:
+        codec.resolve_key(unnorm_key)
+    if cameras and DEFAULT_CAMERAS not in cameras:
+        raise ValueError(f"No cameras for {unnorm_key!r}; this checkpoint knows those of {sorted(cameras)}.")
+    return cameras.get(DEFAULT_CAMERAS, ())
 
 
 def _camera_specs(key: str, cameras) -> tuple[CameraSpec, ...]:

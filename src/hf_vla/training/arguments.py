@@ -62,7 +62,7 @@ class ModelArguments:
         backbone (`str`, *optional*): folder or Hub name of a vision-language model that gets a new action head, in
             families that take any.
         config (`dict`, *optional*): fields of the family's configuration that replace a new model's own.
-        dtype (`str`): of the weights, "float32" or "bfloat16".
+        dtype (`str`): of the weights, "float32" or, with `lora`, whose adapters stay float32, "bfloat16".
         grid (`GridArguments`, *optional*): SpatialVLA's grid to fit, for a preset or with `adapt_grid`.
         adapt_grid (`bool`): fit a checkpoint's grid anew to this dataset and move its spatial embeddings along.
         lora (`LoraArguments`, *optional*): train adapters instead of the weights.
@@ -150,6 +150,8 @@ class DataArguments:
         unnorm_key (`str`, *optional*): the dataset's name in the checkpoint; the last part of `source` by default.
         chunk_size (`int`): actions that one prediction holds.
         eval_episodes (`list[int]`): episodes kept from training, for evaluation.
+        camera_dropout (`float`): probability, below 1, with which each of several cameras is withheld from a training
+            sample, though never all of them: so a model learns to act when one is missing.
     """
 
     source: str
@@ -160,11 +162,17 @@ class DataArguments:
     unnorm_key: str | None = None
     chunk_size: int = 4
     eval_episodes: list[int] = field(default_factory=list)
+    camera_dropout: float = 0.0
 
     def __post_init__(self):
         names = [schema.camera_key(camera.name) for camera in self.cameras]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"Expected data.cameras to name one camera or more, each once, came {names}.")
+        if not 0 <= self.camera_dropout < 1 or (self.camera_dropout and len(names) == 1):
+            raise ValueError(
+                f"Expected data.camera_dropout from 0 to below 1, and 0 for one camera alone, came "
+                f"{self.camera_dropout} for {names}."
+            )
         self.unnorm_key = self.unnorm_key or Path(self.source).name
 
 
@@ -175,8 +183,10 @@ class VLATrainingArguments(TrainingArguments):
     Args:
         eval_action_samples (`int`): frames, evenly spread over the held-out episodes, on which an evaluation predicts
             actions and compares them with the recorded ones.
-        full_learning_rate (`float`, *optional*): with `model.lora`, of what is trained in full beside the adapters
-            (action head, projector), whose own is `learning_rate`; the same for both by default.
+        full_learning_rate (`float`, *optional*): above 0; with `model.lora`, of what is trained in full beside the
+            adapters (action head, projector), whose own is `learning_rate`; the same for both by default.
+        ddp_find_unused_parameters (`bool`, *optional*): with activation checkpointing true by default, as it is
+            without: backbones have weights that no loss reaches.
         resume_from_checkpoint (`bool` or `str`, *optional*): true goes on from the last complete checkpoint in
             `output_dir`, if there is one; a folder from that one.
     """
@@ -190,6 +200,16 @@ class VLATrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = False  # a loss of NaN must show
     dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)  # else torch only warns
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.full_learning_rate is not None and self.full_learning_rate <= 0:
+            raise ValueError(
+                f"Expected training.full_learning_rate above 0, came {self.full_learning_rate}; leave it out to train "
+                "everything at training.learning_rate."
+            )
+        if self.activation_checkpointing and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True
+
 
 @dataclass
 class Recipe:
@@ -198,6 +218,25 @@ class Recipe:
     model: ModelArguments
     data: DataArguments
     training: VLATrainingArguments
+
+    def __post_init__(self):
+        if self.training.full_learning_rate is not None and self.model.lora is None:
+            raise ValueError(
+                "training.full_learning_rate is that of what is trained beside adapters: give model.lora, or leave it "
+                "out."
+            )
+        deepspeed = getattr(self.training, "hf_deepspeed_config", None)
+        if self.training.full_learning_rate is not None and deepspeed and "optimizer" in deepspeed.config:
+            raise ValueError(
+                "DeepSpeed's own optimizer knows one learning rate: to use training.full_learning_rate, leave "
+                "DeepSpeed's section optimizer out."
+            )
+        if self.model.dtype == "bfloat16" and (self.model.lora is None or not self.training.bf16):
+            raise ValueError(
+                "Weights of bfloat16 round the steps of a training away: leave model.dtype float32, and set "
+                "training.bf16: true to compute in bfloat16. With both, model.lora trains float32 adapters on a "
+                "bfloat16 model."
+            )
 
 
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:

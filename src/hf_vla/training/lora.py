@@ -70,7 +70,7 @@ def add_lora(
     parts: Sequence[str] | None = None,
     in_full: Sequence[str] = (),
 ) -> PeftModel:
-    """Freeze a model and give it trainable adapters.
+    """Freeze a model and give it trainable adapters. Whatever is trained is float32, also on a bfloat16 model.
 
     Args:
         model (`PreTrainedModel`): loaded from a checkpoint.
@@ -110,6 +110,9 @@ def add_lora(
         modules_to_save=[name for name in (*recipe.in_full, *in_full) if name in names] or None,
     )
     adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # in bfloat16 a small step would be rounded away
+            parameter.data = parameter.data.float()
     # peft keeps an untrained twin of what is trained in full, which is part of no model
     own = [parameter for name, parameter in adapted.named_parameters() if "original_module" not in name]
     total, trainable = (sum(each.numel() for each in own if each.requires_grad >= least) for least in (False, True))

@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,27 @@ class VLATrainer(Trainer):
 
     `processing_class` is the processor, `data_collator` a [`~hf_vla.data.collator.VLACollator`]. Metrics are in robot
     units, see [`action_error`], over `args.eval_action_samples` frames of the evaluation set.
+
+    Args:
+        camera_dropout (`float`): of training batches, see [`~hf_vla.data.collator.VLACollator`].
+        args, kwargs: see [`~transformers.Trainer`].
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, camera_dropout: float = 0.0, **kwargs):
         super().__init__(*args, **kwargs)
+        self.camera_dropout = camera_dropout
         # The Trainer evaluates the loss of batches with labels only, and looks for arguments called so.
         self.label_names = self.label_names or ["actions"]
+
+    def get_train_dataloader(self):
+        """Return the Trainer's, whose batches alone withhold cameras."""
+        collator = self.data_collator
+        if self.camera_dropout:
+            self.data_collator = partial(collator, camera_dropout=self.camera_dropout, seed=self.args.seed)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
     def _issue_warnings_after_load(self, load_result):
         """Raise where the Trainer only warns: a weight that a checkpoint lacks would stay random."""
@@ -43,6 +59,13 @@ class VLATrainer(Trainer):
                 f"The checkpoint lacks {len(missing)} weights of the model, among them {missing[:5]}: it was saved by "
                 "another version or of another model. Start a new run with model.path set to it."
             )
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Save the configuration beside an adapter, too: with it, the folder is found and loaded by our classes."""
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        if hasattr(model, "peft_config"):
+            model.config.save_pretrained(output_dir or self.args.output_dir)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """Ask models that score a vocabulary for one position's logits: the loss has its own, the rest is memory."""
@@ -58,7 +81,13 @@ class VLATrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if is_new and rate is not None:
             named = (self.model if model is None else model).named_parameters()
-            adapters = {id(parameter) for name, parameter in named if "lora_" in name}
+            trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+            adapters = {id(parameter) for name, parameter in trained if "lora_" in name}
+            if len(adapters) in (0, len(trained)):
+                raise ValueError(
+                    "training.full_learning_rate is for what is trained beside adapters, but this run trains "
+                    f"{'nothing beside them' if adapters else 'no adapters'}: leave it out."
+                )
             groups, optimizer.param_groups = optimizer.param_groups, []
             for group in groups:
                 for in_full, learning_rate in ((False, group["lr"]), (True, rate)):
@@ -76,7 +105,8 @@ class VLATrainer(Trainer):
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             torch.manual_seed(self.args.seed)
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-            errors = self.action_errors(dataloader.dataset)
+            with self.accelerator.autocast():
+                errors = self.action_errors(dataloader.dataset)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in errors.items()})
         return output
 
@@ -141,10 +171,6 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         ValueError: the recipe, the dataset and the checkpoint do not fit together.
     """
     data = recipe.data
-    if recipe.training.full_learning_rate is not None and recipe.model.lora is None:
-        raise ValueError(
-            "training.full_learning_rate is that of what is trained beside adapters: give model.lora, or leave it out."
-        )
     set_seed(recipe.training.seed)  # a new model's weights
     dataset, train_set, eval_set = open_dataset(data)
     model, processor = build(recipe, dataset, train_set)
@@ -156,6 +182,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=processor,
+        camera_dropout=data.camera_dropout,
         callbacks=[SeedOfProcess(), *callbacks],
     )
     checkpoint = checkpoint_to_resume(recipe.training)

@@ -17,6 +17,7 @@ from transformers import (
 from hf_vla.models.outputs import VLAOutput
 from hf_vla.models.pi0_vla.configuration_pi0_vla import PI0VLAConfig
 from hf_vla.models.pi0_vla.modeling_pi0_vla import PI0VLAForActionPrediction
+from hf_vla.models.pi0_vla.processing_pi0_vla import PI0VLAProcessor
 from hf_vla.policy import Policy
 
 
@@ -160,13 +161,43 @@ def test_prediction_depends_on(name, model, processor, observation, inputs, nois
     assert ((first - changed).abs().flatten(1).amax(1) > 1e-4).all()
 
 
-def test_no_state_is_a_state_of_zeros(model, inputs, batch, noise):
-    zeros = torch.zeros_like(inputs.pop("state"))
-    first = model.predict_action(**inputs, noise=noise).actions
-    assert torch.equal(first, model.predict_action(**inputs, state=zeros, noise=noise).actions)
-    timestep = torch.tensor([0.5, 0.9])
-    losses = [model(**{**batch, "state": s}, noise=noise, timestep=timestep).loss for s in (None, zeros)]
-    assert torch.equal(*losses)
+def test_the_state_of_a_robot_that_declares_none_is_zero(config, model, processor, observation, inputs, noise):
+    action_config = processor.action_config | {"state_normalization": None}
+    stateless = PI0VLAProcessor.from_scratch(config, processor.statistics, action_config, processor.camera_config)
+    blind = stateless(images=observation["images"], text=observation["text"])
+    inputs["state"] = torch.zeros_like(inputs["state"])
+    first, second = (model.predict_action(**each, noise=noise).actions for each in (blind, inputs))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "pixel_values", "attention_mask", "pixel_attention_mask", "state"])
+def test_nothing_is_made_up_for_what_is_missing(model, batch, inputs, name):
+    del batch[name], inputs[name]
+    for call, arguments in ((model, batch), (model.predict_action, inputs)):
+        with pytest.raises(ValueError, match=f"from the processor, got no {name}\\."):
+            call(**arguments)
+
+
+def test_actions_are_needed_to_train(model, inputs, noise):
+    with pytest.raises(ValueError, match="Expected `actions` to learn from; to predict some, call predict_action"):
+        model(**inputs, noise=noise, timestep=torch.ones(2))
+
+
+def test_misspelt_and_foreign_inputs_are_named(model, batch, inputs):
+    with pytest.raises(ValueError, match="forward takes no 'actions_mask'; did you mean 'action_mask'"):
+        model(**batch, actions_mask=batch["action_mask"])
+    with pytest.raises(ValueError, match="predict_action takes no 'num_inference_step'; did you mean 'num_inference_"):
+        model.predict_action(**inputs, num_inference_step=3)
+    assert model(**batch, inputs_embeds=None, return_dict=None).loss.isfinite()  # as wrappers of peft's pass them
+
+
+def test_generator_makes_training_repeatable(model, batch):
+    drawn = []
+    model.embed_action_time.register_forward_pre_hook(lambda _, arguments: drawn.append(arguments[1:]))
+    losses = [model(**batch, generator=torch.Generator().manual_seed(seed)).loss for seed in (5, 5, 6)]
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
+    for first, again, other in zip(*drawn, strict=True):  # noised actions and times
+        assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_generator_makes_predictions_repeatable(model, inputs):
@@ -174,6 +205,14 @@ def test_generator_makes_predictions_repeatable(model, inputs):
         model.predict_action(**inputs, generator=torch.Generator().manual_seed(seed)).actions for seed in (5, 5, 6)
     ]
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+
+
+def test_a_vlm_config_with_a_precision_of_its_own(config, inputs):
+    """As published ones have; the model's is the one that was asked for, in every part."""
+    parts = {name: getattr(config, name).to_dict() | {"dtype": "bfloat16"} for name in ("vlm_config", "dit_config")}
+    model = PI0VLAForActionPrediction(PI0VLAConfig.from_preset("tiny", **parts))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.predict_action(**inputs).actions.isfinite().all()
 
 
 def test_bfloat16_samples_stay_float32(model, batch, inputs, noise):

@@ -3,11 +3,14 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor, PI0Processor
+from transformers.models.siglip.image_processing_siglip import SiglipImageProcessor
 
 from hf_vla.models.byte_tokenizer import byte_tokenizer
 from hf_vla.models.outputs import VLAOutput
 from hf_vla.models.pi0_vla.configuration_pi0_vla import PI0VLAConfig
 from hf_vla.models.pi0_vla.processing_pi0_vla import PI0VLAProcessor
+
+STATELESS = {"chunk_size": 4, "normalization": {"mode": "mean_std", "convention": "lerobot"}}
 
 
 @pytest.fixture
@@ -94,6 +97,45 @@ def test_decoding_undoes_encoding_and_drops_what_is_beyond_the_robot(processor, 
         assert decoded.dtype == np.float32
 
 
+def test_every_sample_is_decoded_with_its_own_statistics(config, processor):
+    entry = processor.statistics["robot"]
+    twice = {**entry, "action": {"mean": [0.0] * 7, "std": [2.0] * 7}}
+    narrow = {**entry, "action": {"mean": [0.0] * 3, "std": [1.0] * 3}}
+    statistics = {"robot": entry, "twice": twice, "narrow": narrow}
+    several = PI0VLAProcessor.from_scratch(config, statistics, processor.action_config, processor.camera_config)
+    output = VLAOutput(actions=torch.ones(2, 4, 32))
+    first, second = several.decode_actions(output, ["robot", "twice"])
+    np.testing.assert_allclose(first, np.broadcast_to([0.6] * 6 + [1.0], (4, 7)), rtol=1e-6)
+    np.testing.assert_allclose(second, np.full((4, 7), 2.0), rtol=1e-6)
+    assert several.decode_actions(output, ["narrow", "narrow"]).shape == (2, 4, 3)
+    with pytest.raises(ValueError, match=r"got \[3, 7\] for \['narrow', 'twice'\]: decode them apart"):
+        several.decode_actions(output, ["narrow", "twice"])
+
+
+@pytest.mark.parametrize(("name", "what"), [("max_action_dim", "actions"), ("max_state_dim", "states")])
+def test_robots_that_are_too_wide_are_refused(processor, name, what):
+    config = PI0VLAConfig.from_preset("tiny", **{name: 4})
+    arguments = (processor.statistics, processor.action_config, processor.camera_config)
+    with pytest.raises(ValueError, match=f"This pi0 takes {what} of at most 4 numbers, those of 'robot' have [57]"):
+        PI0VLAProcessor.from_scratch(config, *arguments)
+
+
+def test_blanks_around_an_instruction_are_dropped_and_it_may_be_empty(processor, observation):
+    """There are datasets without instructions."""
+    plain, blank = (processor(**{**observation, "text": text})["input_ids"] for text in ("go", "  go\n"))
+    assert torch.equal(plain, blank)
+    empty = processor(**{**observation, "text": " "})["input_ids"]
+    assert processor.tokenizer.decode(empty[0, 32:]) == "<bos>\n"
+
+
+def test_pixels_do_not_depend_on_torchvision(processor, observation):
+    """Transformers gives torchvision's backend to whoever has torchvision."""
+    image_processor = SiglipImageProcessor(**processor.image_processor.to_dict())
+    dictionaries = (processor.statistics, processor.action_config, processor.camera_config)
+    other = PI0VLAProcessor(image_processor, processor.tokenizer, *dictionaries)
+    assert torch.equal(other(**observation)["pixel_values"], processor(**observation)["pixel_values"])
+
+
 def test_decoding_needs_actions_and_a_key_each(processor):
     with pytest.raises(ValueError, match="without `actions`"):
         processor.decode_actions(VLAOutput(loss=torch.zeros(())))
@@ -137,9 +179,9 @@ def test_what_is_wrong_is_said(processor, observation, change, message):
 def test_one_camera_takes_plain_images(config, processor):
     image = np.zeros((60, 80, 3), np.uint8)
     for cameras in ({}, {"default": [{"name": None, "width": 80, "height": 60}]}):
-        plain = PI0VLAProcessor.from_scratch(config, processor.statistics, {"chunk_size": 4}, cameras)
+        plain = PI0VLAProcessor.from_scratch(config, processor.statistics, STATELESS, cameras)
         inputs = plain(images=image, text="go")
-        assert inputs["pixel_values"].shape == (1, 1, 3, 56, 56) and "state" not in inputs
+        assert inputs["pixel_values"].shape == (1, 1, 3, 56, 56) and inputs["state"].tolist() == [[0.0]]
         with pytest.raises(ValueError, match="takes no state"):
             plain(images=image, text="go", state=np.zeros(5))
 
@@ -147,7 +189,7 @@ def test_one_camera_takes_plain_images(config, processor):
 def test_datasets_of_a_batch_may_have_different_cameras(config, processor):
     two = {"a": processor.statistics["robot"], "b": processor.statistics["robot"]}
     front, rear = ({"name": name, "width": 8, "height": 8} for name in ("front", "rear"))
-    mixed = PI0VLAProcessor.from_scratch(config, two, {"chunk_size": 4}, {"a": [front], "b": [front, rear]})
+    mixed = PI0VLAProcessor.from_scratch(config, two, STATELESS, {"a": [front], "b": [front, rear]})
     image = np.full((8, 8, 3), 255, np.uint8)
     inputs = mixed(images=[image, {"front": None, "rear": image}], text="go", unnorm_key=["a", "b"])
     assert inputs["pixel_attention_mask"].tolist() == [[True, False], [False, True]]
@@ -157,29 +199,29 @@ def test_datasets_of_a_batch_may_have_different_cameras(config, processor):
 def test_cameras_of_a_dataset_or_the_default(config, processor):
     two = {"a": processor.statistics["robot"], "b": processor.statistics["robot"]}
     front, rear = ({"name": name, "width": 8, "height": 8} for name in ("front", "rear"))
-    several = PI0VLAProcessor.from_scratch(config, two, {"chunk_size": 4}, {"a": [front], "default": [rear, front]})
+    several = PI0VLAProcessor.from_scratch(config, two, STATELESS, {"a": [front], "default": [rear, front]})
     assert [camera.name for camera in several.camera_specs("a")] == ["front"]
     assert [camera.name for camera in several.camera_specs("b")] == ["rear", "front"]
     with pytest.raises(ValueError, match="No action statistics for 'c'"):
         several.camera_specs("c")
-    own = PI0VLAProcessor.from_scratch(config, two, {"chunk_size": 4}, {"a": [front]})
+    own = PI0VLAProcessor.from_scratch(config, two, STATELESS, {"a": [front]})
     with pytest.raises(ValueError, match="No cameras for 'b'; this checkpoint knows those of \\['a'\\]"):
         own.camera_specs("b")
-    assert PI0VLAProcessor.from_scratch(config, two, {"chunk_size": 4}, {}).camera_specs("b") == ()
+    assert PI0VLAProcessor.from_scratch(config, two, STATELESS, {}).camera_specs("b") == ()
 
 
 @pytest.mark.parametrize("names", [[], ["front", "front"], ["front", None]])
 def test_cameras_have_different_names(config, processor, names):
     cameras = {"robot": [{"name": name, "width": 8, "height": 8} for name in names]}
     with pytest.raises(ValueError, match="Expected .*cameras.* in camera_config\\['robot'\\]"):
-        PI0VLAProcessor.from_scratch(config, processor.statistics, {"chunk_size": 4}, cameras)
+        PI0VLAProcessor.from_scratch(config, processor.statistics, STATELESS, cameras)
 
 
 def test_tokenizer_has_the_image_token_of_the_config(processor):
     config = PI0VLAConfig.from_preset("tiny")
     config.vlm_config.image_token_id = 7
     with pytest.raises(ValueError, match="to have the id 7 of the config, got 259"):
-        PI0VLAProcessor.from_scratch(config, processor.statistics, {"chunk_size": 4}, {})
+        PI0VLAProcessor.from_scratch(config, processor.statistics, STATELESS, {})
 
 
 def test_saved_and_loaded_it_is_the_same(processor, observation, tmp_path):

@@ -6,11 +6,14 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor
+from transformers.models.siglip.image_processing_siglip import SiglipImageProcessor
 
 from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer
 from hf_vla.models.byte_tokenizer import byte_tokenizer
 from hf_vla.models.outputs import VLAOutput
 from hf_vla.models.spatialvla.processing_spatialvla import SpatialVLAProcessor
+
+PARTS = ("tokenizer", "statistics", "action_config", "camera_config")
 
 
 @pytest.fixture(scope="module")
@@ -298,11 +301,25 @@ def test_tokenizer_must_hold_every_action_token(tiny_processor):
         )
 
 
+def test_pixels_do_not_depend_on_torchvision(tiny_processor, image):
+    """Transformers gives torchvision's backend to whoever has torchvision."""
+    image_processor = SiglipImageProcessor(**tiny_processor.image_processor.to_dict())
+    other = SpatialVLAProcessor(image_processor, *(getattr(tiny_processor, name) for name in PARTS))
+    first, second = (each(images=image, text="push", unnorm_key="small") for each in (tiny_processor, other))
+    assert torch.equal(first["pixel_values"], second["pixel_values"])
+
+
+def test_an_instruction_may_be_empty(tiny_processor, image):
+    """There are datasets without instructions."""
+    ids = tiny_processor(images=image, text="", unnorm_key="small")["input_ids"][0]
+    assert tiny_processor.tokenizer.decode(ids).endswith("<image><bos>\n")
+
+
 def test_no_camera_and_no_default(tiny_processor, image):
     cameras = {"small": tiny_processor.camera_config["small"]}
     arguments = (tiny_processor.image_processor, tiny_processor.tokenizer, tiny_processor.statistics)
     processor = SpatialVLAProcessor(*arguments, tiny_processor.action_config, cameras)
-    with pytest.raises(ValueError, match=r"No camera for 'large'; this checkpoint knows those of \['small'\]"):
+    with pytest.raises(ValueError, match=r"No cameras for 'large'; this checkpoint knows those of \['small'\]"):
         processor(images=image, text="push", unnorm_key="large")
     without = SpatialVLAProcessor(*arguments, tiny_processor.action_config)
     assert "intrinsics" not in without(images=image, text="push", unnorm_key="large")

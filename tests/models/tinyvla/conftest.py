@@ -3,6 +3,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -23,7 +26,7 @@ SIGLIP = {**VISION, "model_type": "siglip_vision_model", "vision_use_head": Fals
 SPECIAL = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 TEXT = {**LAYERS, **SPECIAL, "vocab_size": 300, "max_position_embeddings": 512}
 GROUPED = {**TEXT, "num_key_value_heads": 2}
-FOCUS = ["<fake_token_around_image>", "<global-img>", "<|im_start|>", "<end_of_utterance>"]
+FOCUS = ["<fake_token_around_image>", "<global-img>", "<|im_start|>", "<|begin_of_text|>", "<end_of_utterance>"]
 QWEN = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -40,9 +43,21 @@ def idefics(model_type):
     return {"model_type": model_type, **both, "image_token_id": IMAGE_TOKEN, "scale_factor": 2}
 
 
+def qwen(model_type, vision_config):
+    text_config = {
+        **GROUPED,
+        "model_type": f"{model_type}_text",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 2, "num_heads": 4, "hidden_size": 32, "patch_size": 7, **vision_config}
+    both = {"vision_config": vision, "text_config": text_config}
+    return {"model_type": model_type, **both, "image_token_id": 260, "video_token_id": 261}
+
+
 # backbone's configuration, its image processor, special tokens beside the byte tokenizer's
 SIZE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 SQUARE = {"size": SIZE, "do_pad": True, "do_center_crop": False}
+NATIVE = {"patch_size": 7, "size": {"shortest_edge": 14 * 14, "longest_edge": 42 * 42}}
 SPLIT = {"size": {"longest_edge": 2 * IMAGE_SIZE}, "max_image_size": {"longest_edge": IMAGE_SIZE}}
 BACKBONES = {
     "llava_clip": (llava({**VISION, "model_type": "clip_vision_model"}), LlavaImageProcessorPil(**SQUARE), []),
@@ -64,21 +79,74 @@ BACKBONES = {
     ),
     "idefics3": (idefics("idefics3"), Idefics3ImageProcessorPil(**SPLIT), FOCUS),
     "smolvlm": (idefics("smolvlm"), SmolVLMImageProcessorPil(**SPLIT), FOCUS),
-    "qwen2_vl": (
-        {
-            "model_type": "qwen2_vl",
-            "vision_config": {"depth": 2, "embed_dim": 32, "num_heads": 4, "hidden_size": 32, "patch_size": 7},
-            "text_config": {
-                **GROUPED,
-                "model_type": "qwen2_vl_text",
-                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
-            },
-            "image_token_id": 260,
-            "video_token_id": 261,
-        },
-        Qwen2VLImageProcessorPil(patch_size=7, size={"shortest_edge": 14 * 14, "longest_edge": 42 * 42}),
+    "qwen2_vl": (qwen("qwen2_vl", {"embed_dim": 32}), Qwen2VLImageProcessorPil(**NATIVE), QWEN),
+    "qwen2_5_vl": (
+        qwen(
+            "qwen2_5_vl",
+            {"intermediate_size": 48, "out_hidden_size": 32, "window_size": 28, "fullatt_block_indexes": [1]},
+        ),
+        Qwen2VLImageProcessorPil(**NATIVE),
         QWEN,
     ),
+    "gemma3": (
+        {
+            "model_type": "gemma3",
+            "vision_config": SIGLIP,
+            "text_config": {
+                **GROUPED,
+                "model_type": "gemma3_text",
+                "head_dim": 8,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "mm_tokens_per_image": 4,
+            "image_token_id": IMAGE_TOKEN,
+            "boi_token_id": 260,
+            "eoi_token_id": 261,
+        },
+        Gemma3ImageProcessorPil(size=SIZE, do_pan_and_scan=True, pan_and_scan_min_crop_size=8),
+        ["<start_of_image>", "<end_of_image>"],
+    ),
+    "idefics2": (
+        {
+            "model_type": "idefics2",
+            "vision_config": {**VISION, "model_type": "idefics2_vision"},
+            "perceiver_config": {
+                "hidden_size": 32,
+                "resampler_n_latents": 4,
+                "resampler_depth": 1,
+                "resampler_n_heads": 4,
+                "resampler_head_dim": 8,
+                "num_key_value_heads": 2,
+            },
+            "text_config": {**GROUPED, "model_type": "mistral"},
+            "image_token_id": IMAGE_TOKEN,
+        },
+        Idefics2ImageProcessorPil(do_image_splitting=True, size={"shortest_edge": 28, "longest_edge": 28}),
+        FOCUS,
+    ),
+    "internvl": (
+        {
+            "model_type": "internvl",
+            "vision_config": {
+                **VISION,
+                "model_type": "internvl_vision",
+                "image_size": [IMAGE_SIZE, IMAGE_SIZE],
+                "patch_size": [7, 7],
+            },
+            "text_config": {**GROUPED, "model_type": "qwen2"},
+            "image_token_id": IMAGE_TOKEN,
+            "downsample_ratio": 0.5,
+        },
+        GotOcr2ImageProcessorPil(size=SIZE, crop_to_patches=True, min_patches=2, max_patches=4),
+        ["<img>", "</img>"],
+    ),
+}
+# of those whose prompt is not known
+PROMPTS = {
+    "gemma3": {"image_prefix": "<start_of_image>", "image_suffix": "<end_of_image>"},
+    "idefics2": {"image_prefix": FOCUS[0], "image_suffix": FOCUS[0]},
+    "internvl": {"image_prefix": "<img>", "image_suffix": "</img>"},
 }
 STATISTICS = {
     "robot": {
@@ -122,6 +190,8 @@ def make_model(make_config):
             for parameter in model.backbone.parameters():
                 if parameter.ndim > 1:
                     parameter.mul_(5.0)
+                if not parameter.any() and parameter.ndim > 1:  # Gemma 3's projector, to which all images are alike
+                    parameter.normal_(0.0, 0.1)
         return model
 
     return make
@@ -140,6 +210,8 @@ def make_processor(make_config):
     """Builds a processor for one of the BACKBONES and a robot with two cameras."""
 
     def make(backbone="llava_siglip", vlm=None, prompt_config=None, **options):
+        if backbone in PROMPTS:
+            prompt_config = {"template": "{bos}{images}{instruction}", **PROMPTS[backbone], **(prompt_config or {})}
         return TinyVLAProcessor.from_backbone(
             vlm_processor(backbone) if vlm is None else vlm,
             make_config(backbone, **options),

@@ -1,8 +1,9 @@
-"""What holds for TinyVLA on every image-text-to-text model: Llava, PaliGemma, Idefics3, SmolVLM, Qwen2-VL."""
+"""What holds for TinyVLA on every image-text-to-text model, see BACKBONES."""
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 TEXTS = ["push", "pick up the red cube"]
@@ -86,9 +87,59 @@ def test_nothing_sees_a_missing_camera(system, pictures, missing):
 
 
 def test_a_missing_camera_leaves_finite_gradients(system, pictures, chunks):
-    partial = [{"front": None, "wrist": None}, {**pictures[1], "front": None}]
+    partial = [{**pictures[0], "wrist": None}, {**pictures[1], "front": None}]
     system.model.train()(**prompts(system, partial, actions=chunks)).loss.backward()
     assert all(value.grad.isfinite().all() for value in system.model.parameters() if value.grad is not None)
+
+
+def test_the_number_of_image_tokens_follows_from_the_configuration(system, pictures):
+    inputs = prompts(system, pictures)
+    count = {"llava_clip": 16, "llava_siglip": 16, "paligemma": 16, "qwen2_vl": None, "qwen2_5_vl": None}
+    expected = count.get(system.name, 4)
+    assert system.model.config.num_image_tokens == system.processor.prompt_config["image_seq_length"] == expected
+    images = (inputs["input_ids"] == system.processor.image_token_id).sum(-1)
+    if expected is None:
+        expected = inputs["image_grid_thw"].prod(-1).view(2, 2).sum(-1) / 4 / 2
+    assert torch.equal(images, torch.as_tensor(2 * expected).expand(2).long())
+
+
+def test_every_input_is_an_array_of_numbers(system, pictures, chunks):
+    """Whatever the image processor would rather return; the model reads every one."""
+    for form, kind in (("np", np.ndarray), ("pt", torch.Tensor)):
+        batch = prompts(system, pictures, actions=chunks, return_tensors=form)
+        assert all(isinstance(value, kind) for value in batch.values())
+    views = [[(Image.fromarray(view), True) for view in views.values()] for views in pictures]
+    assert all(isinstance(each, np.ndarray) for each in system.processor.encode_prompts(views, TEXTS).values())
+
+
+def test_an_image_of_gemma_and_qwen_is_told_from_the_words(system, pictures):
+    """Gemma 3 marks images by 1 in token_type_ids, Qwen in mm_token_type_ids; PaliGemma marks the prompt by 0."""
+    inputs, seen = prompts(system, pictures), []
+    system.model.backbone.register_forward_pre_hook(
+        lambda _module, _arguments, options: seen.append(options), with_kwargs=True
+    )
+    system.model.predict_action(**inputs)
+    is_image = inputs["input_ids"] == system.model.config.image_token_id
+    expected = {
+        "paligemma": {"token_type_ids": torch.zeros_like(inputs["input_ids"])},
+        "gemma3": {"token_type_ids": is_image.long()},
+        "qwen2_vl": {"mm_token_type_ids": is_image.int()},
+        "qwen2_5_vl": {"mm_token_type_ids": is_image.int()},
+    }
+    got = {name: value for name, value in seen[0].items() if name.endswith("token_type_ids")}
+    assert got.keys() == expected.get(system.name, {}).keys()
+    assert all(torch.equal(value, expected[system.name][name]) for name, value in got.items())
+
+
+def test_misspelt_and_foreign_inputs_are_named(system, pictures, chunks):
+    batch = prompts(system, pictures, actions=chunks)
+    with pytest.raises(ValueError, match="forward takes no 'actions_mask'; did you mean 'action_mask'"):
+        system.model(**batch, actions_mask=batch["action_mask"])
+    with pytest.raises(ValueError, match="predict_action takes no 'action_mask', 'actions'"):
+        system.model.predict_action(**batch)
+    with pytest.raises(ValueError, match="encode takes no 'depth', 'kwargs', 'use_cache'"):
+        system.model.encode(batch["input_ids"], depth=1, kwargs=1, use_cache=True)
+    assert system.model(**batch, inputs_embeds=None, return_dict=None, labels=None).loss.isfinite()  # from peft
 
 
 def test_cameras_are_told_apart(system, pictures):

@@ -55,6 +55,26 @@ def test_the_class_token_is_an_image_token_where_it_is_kept():
     assert TinyVLAConfig(backbone_config=backbone).num_image_tokens == 577
 
 
+@pytest.mark.parametrize("index", [-1, 50304])
+def test_the_image_token_is_in_the_vocabulary(index):
+    backbone = TinyVLAConfig().backbone_config.to_dict() | {"image_token_index": index, "image_token_id": index}
+    with pytest.raises(StrictDataclassClassValidationError, match=f"image token {index} does not fit a vocabulary of"):
+        TinyVLAConfig(backbone_config=backbone)
+
+
+def test_a_llava_that_leaves_out_the_first_token_does_so_without_a_class_token(make_config):
+    backbone = make_config("llava_siglip").backbone_config.to_dict() | {"vision_feature_select_strategy": "default"}
+    assert make_config(backbone_config=backbone).num_image_tokens == 15
+
+
+@pytest.mark.parametrize("model_type", ["llava_next", "mistral3", "llava_onevision", "blip-2", "got_ocr2"])
+def test_image_tokens_that_no_configuration_tells(model_type):
+    config = TinyVLAConfig()
+    config.backbone_config = AutoConfig.for_model(model_type)
+    with pytest.raises(ValueError, match=f"of a '{model_type}' does not tell how many tokens an image takes"):
+        config.num_image_tokens  # noqa: B018
+
+
 def test_tiny_is_tiny():
     model = TinyVLAForActionPrediction(TinyVLAConfig.from_preset("tiny"))
     assert 1e6 < count(model.parameters()) < 2e6
@@ -91,6 +111,8 @@ def test_unknown_preset():
         ({"state_dim": 0}, "Expected state_dim of 1 or more, got 0"),
         ({"num_readout_tokens": -1}, "Expected num_readout_tokens of 0 or more, got -1"),
         ({"num_readout_tokens": 61}, "readout tokens 260..320 do not fit a vocabulary of 320.*to 321"),
+        ({"num_readout_tokens": 1, "readout_token_id": -1}, "readout tokens -1..-1 do not fit"),
+        ({"num_readout_tokens": 2, "readout_token_id": 258}, "image token 259 is among the readout tokens 258..259"),
         ({"num_readout_tokens": 1, "readout_token_id": None}, "num_readout_tokens is 1, but no readout_token_id"),
     ],
 )

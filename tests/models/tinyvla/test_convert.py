@@ -1,18 +1,22 @@
 """Reading published checkpoints; what all converters share is in tests/models/test_conversion.py."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 import hf_vla  # noqa: F401
 from hf_vla.models.conversion import INDEX, convert_checkpoint, rename
 from hf_vla.models.outputs import VLAOutput
+from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
 from hf_vla.models.tinyvla.convert_tinyvla import PREFIXES, translate
+from hf_vla.models.tinyvla.processing_tinyvla import TinyVLAProcessor
 
 CLIP, SIGLIP = "clip_2cam_a", "siglip_2cam"
 STATISTICS = {
@@ -259,6 +263,70 @@ def test_model_and_processor_predict_in_robot_units(converted, case):
         np.testing.assert_allclose(decoded[0, 0], expected, atol=1e-6)
 
 
+def test_published_actions_and_states_are_declared(converted, goldens):
+    """rot6d's columns are the first two rows of a rotation matrix, as ours."""
+    _, path = converted()
+    action, state = AutoProcessor.from_pretrained(path).action_codec.specs()
+    assert (action.kind, action.rotation, action.gripper) == ("absolute_ee", "rot6d", None)
+    assert action.names[:3] == state.names[:3] == ("x", "y", "z") and action.names[-1] == state.names[-1] == "gripper"
+    assert (len(action.names), len(state.names), state.rotation) == (10, 7, "euler_xyz")
+
+
+def test_other_sizes_are_not_declared(source):
+    folder = source(tokens=60, config={"state_dim": 3}, weights={"embed_out.combine.weight": torch.ones(48, 48 + 3)})
+    processor = translate(folder, STATISTICS | {"qpos_mean": [0.0] * 3, "qpos_std": [1.0] * 3}).processor
+    assert processor.action_codec.specs() == (None, None)
+
+
+@pytest.fixture
+def language_model(source, goldens):
+    """What TinyVLA was made from: the same model with a language head and no actions."""
+
+    def make(tokens=60, case=CLIP):
+        published = load_file(goldens / "tinyvla" / case / "checkpoint" / "model.safetensors")
+        head = {name: None for name in published if name.startswith("embed_out.")}
+        return source(
+            case,
+            {"action_head_type": None, "chunk_size": None},
+            {**head, "embed_out.weight": torch.ones(96, 48)},
+            tokens,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("case", [CLIP, SIGLIP])
+def test_a_vision_language_model_without_an_action_head_becomes_a_llava(language_model, goldens, tmp_path, case):
+    conversion = convert_checkpoint(translate, language_model(case=case), tmp_path / "llava")
+    assert "embed_out.weight" in conversion.dropped and "model.backbone" in conversion.notes[0]
+    model, info = AutoModel.from_pretrained(tmp_path / "llava", output_loading_info=True)
+    assert type(model).__name__ == "LlavaModel" and not info["missing_keys"] and not info["unexpected_keys"]
+    whole = translate(goldens / "tinyvla" / case / "checkpoint").weights
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, whole[f"backbone.{name}"][: len(tensor)])
+    processor = AutoProcessor.from_pretrained(tmp_path / "llava")
+    text = processor(images=Image.new("RGB", (8, 8)), text="<image> word3", return_tensors="pt")
+    assert model(**text).last_hidden_state.isfinite().all()
+    parts = SimpleNamespace(
+        tokenizer=AutoTokenizer.from_pretrained(tmp_path / "llava"),
+        image_processor=AutoImageProcessor.from_pretrained(tmp_path / "llava"),
+    )
+    config = TinyVLAConfig(backbone_config=model.config)
+    new = TinyVLAProcessor.from_backbone(parts, config, None, {"chunk_size": 16}, None)
+    count = {CLIP: 9, SIGLIP: 4}[case]
+    assert (new.image_token_id, new.prompt_config["image_seq_length"]) == (60, count)
+    assert new.image_processor.do_pad and not new.image_processor.do_center_crop
+
+
+def test_a_vision_language_model_needs_its_tokenizer_and_no_statistics(language_model):
+    folder = language_model(tokens=None)
+    with pytest.raises(ValueError, match="model without an action head: statistics and cameras are not its, and it"):
+        translate(folder)
+    word_tokenizer(60).save_pretrained(folder)
+    with pytest.raises(ValueError, match="statistics and cameras are not its"):
+        translate(folder, STATISTICS)
+
+
 def test_pixels_are_normalised_as_the_source_says(source):
     folder = source(tokens=60)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1] * 3, "image_std": [2.0] * 3}))
@@ -280,8 +348,14 @@ def test_without_statistics_nothing_is_decoded(converted):
     ("changes", "message"),
     [
         ({"action_min": None}, r"Expected \['action_min'\] in the statistics"),
-        ({"action_min": [0.0] * 14, "action_max": [1.0] * 14}, "10 action and 7 state dimensions, came 14 and 7"),
-        ({"qpos_mean": [0.0] * 6, "qpos_std": [1.0] * 6}, "10 action and 7 state dimensions, came 10 and 6"),
+        (
+            {"action_min": [0.0] * 14, "action_max": [1.0] * 14},
+            "Action statistics of 'tinyvla' have 14 dimensions, the action spec has 10",
+        ),
+        (
+            {"qpos_mean": [0.0] * 6, "qpos_std": [1.0] * 6},
+            "State statistics of 'tinyvla' have 6 dimensions, the state spec has 7",
+        ),
         ({"qpos_std": [float("nan")] * 7}, "finite"),
     ],
 )

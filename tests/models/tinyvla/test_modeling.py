@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -87,7 +89,7 @@ def test_noise_generator_and_steps_reach_the_head(make_model, prompt):
     assert torch.equal(first, again) and not torch.equal(first, other)
     noise = torch.randn(2, 4, 3, generator=seeded())
     assert torch.equal(model.predict_action(**prompt, noise=noise).actions, first)
-    assert not torch.equal(model.predict_action(**prompt, noise=noise, num_inference_steps=2).actions, first)
+    assert not torch.equal(model.predict_action(**prompt, noise=noise, num_inference_steps=5).actions, first)
 
 
 def test_the_head_sees_the_hidden_states_behind_the_final_norm(make_model, prompt):
@@ -143,6 +145,19 @@ def test_predictions_that_are_not_finite_raise(make_model, prompt, where):
         make_model().predict_action(**prompt)
 
 
+def test_prompts_longer_than_the_backbones_positions_are_refused(make_model, make_config, prompt):
+    length = prompt["input_ids"].shape[1]
+    backbone = make_config().backbone_config.to_dict()
+    for most in (length - 1, length):
+        backbone["text_config"]["max_position_embeddings"] = most
+        model = make_model(backbone_config=backbone)
+        if most == length:
+            assert model.predict_action(**prompt).actions.isfinite().all()
+        else:
+            with pytest.raises(ValueError, match=f"prompts of at most {most} tokens.* got {length}"):
+                model.predict_action(**prompt)
+
+
 def test_a_prompt_that_lacks_readout_tokens(make_model, prompt):
     model = make_model(num_readout_tokens=2)
     with pytest.raises(ValueError, match=r"the 2 readout tokens 260..261 in every prompt, got \[0, 0\] of them"):
@@ -171,9 +186,9 @@ def test_the_head_keeps_its_own_initialisation(make_model):
     ("head_config", "message"),
     [
         ({"type": "difusion"}, "No action head 'difusion'; there are"),
-        ({"type": "diffusion", "shedule": "cosine"}, "Action head 'diffusion': .*shedule"),
+        ({"type": "diffusion", "shedule": "cosine"}, "Action head 'diffusion' has no option 'shedule'"),
         ({"type": "diffusion", "denoiser": {"type": "unet"}}, "No denoiser 'unet'; there are"),
-        ({"type": "diffusion", "denoiser": {**UNET, "dims": 3}}, "Denoiser 'conditional_unet1d': .*dims"),
+        ({"type": "diffusion", "denoiser": {**UNET, "dims": 3}}, "Denoiser 'conditional_unet1d' has no option 'dims'"),
     ],
 )
 def test_unknown_heads_and_options(make_model, head_config, message):
@@ -194,6 +209,22 @@ def test_built_under_bfloat16_as_default(name, make_model, batch, prompt):
         torch.set_default_dtype(before)
     assert output.loss.dtype == actions.dtype == torch.float32
     assert output.loss.isfinite() and actions.isfinite().all()
+
+
+def test_a_backbone_config_with_a_precision_of_its_own(make_model, make_config, prompt, tmp_path):
+    """As published ones have; the model's is the one that was asked for, in every part."""
+    backbone = make_config().backbone_config.to_dict() | {"dtype": "bfloat16"}
+    backbone["text_config"]["dtype"] = "bfloat16"
+    model = make_model(backbone_config=backbone)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.predict_action(**prompt).actions.isfinite().all()
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype).save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        parts = (saved, saved["backbone_config"], saved["backbone_config"]["text_config"])
+        assert {part["dtype"] for part in parts} == {str(dtype).removeprefix("torch.")}
+        again = AutoModel.from_pretrained(tmp_path)
+        assert {parameter.dtype for parameter in again.parameters()} == {dtype}
 
 
 def test_autocast(make_model, batch, prompt):

@@ -6,8 +6,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
-from transformers import AutoProcessor
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_siglip import SiglipImageProcessor
 
 from hf_vla.actions.codec import ActionCodec
 from hf_vla.models.byte_tokenizer import byte_tokenizer
@@ -144,9 +148,18 @@ def test_what_stands_at_a_padded_action_does_not_matter(processor, inputs, chunk
 
 
 def test_images_stand_in_the_order_of_the_cameras(processor, inputs):
-    """Whatever the order of the dictionary."""
+    """Whatever the order of the dictionary, and of the alphabet."""
     swapped = {**inputs, "images": [dict(reversed(views.items())) for views in inputs["images"]]}
-    assert torch.equal(processor(**inputs)["pixel_values"], processor(**swapped)["pixel_values"])
+    pixels = processor(**inputs)["pixel_values"]
+    assert torch.equal(pixels, processor(**swapped)["pixel_values"])
+    cameras = {"robot": processor.camera_config["robot"][::-1]}
+    wrist_first = rebuilt(processor, camera_config=cameras)
+    assert [camera.name for camera in wrist_first.camera_specs()] == ["wrist", "front"]
+    for each in (inputs, swapped):
+        assert torch.equal(wrist_first(**each)["pixel_values"], pixels[[1, 0, 3, 2]])
+    for image, name in zip(pixels, ("front", "wrist"), strict=False):
+        picture = processor.image_processor(inputs["images"][0][name], return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(image, picture)
 
 
 @pytest.mark.parametrize(("missing", "masked"), [("front", slice(0, 16)), ("wrist", slice(16, 32))])
@@ -251,6 +264,9 @@ def test_a_checkpoint_without_a_state(processor, inputs):
         ({"state": np.zeros(2)}, r"Expected a state of shape \(2, S\), one row per sample, got \(1, 2\)"),
         ({"state": np.zeros((2, 3))}, r"Expected states of shape \(..., 2\), came \(3,\)"),
         ({"state": np.full((2, 2), np.nan)}, "Expected finite states, came nan"),
+        ({"state": [["0.1", "0.2"]] * 2}, "Expected a state of numbers, got <U3"),
+        ({"state": [[0.1, None]] * 2}, "Expected a state of numbers, got object"),
+        ({"images": [{"front": None, "wrist": None}] * 2}, r"at least one camera, got none for the samples \[0, 1\]"),
         ({"depth": np.zeros((4, 4))}, "This model takes no depth"),
         ({"intrinsics": np.eye(3)}, "This model takes no intrinsics"),
         ({"reasoning": "the cube is red"}, "This model takes no reasoning"),
@@ -353,15 +369,100 @@ def test_a_backbone_needs_its_prompt_and_its_image_token(make_processor, make_co
     config.backbone_config.model_type = "llava_next"
     arguments = (config, processor.statistics, processor.action_config, processor.camera_config)
     vlm = pythia_like(processor.image_processor)
-    with pytest.raises(ValueError, match=r"No prompt is known for a backbone 'llava_next', only for \['idefics3'"):
+    with pytest.raises(
+        ValueError, match=r"No prompt is known for a backbone 'llava_next' with.* only for \['idefics3'"
+    ):
         TinyVLAProcessor.from_backbone(vlm, *arguments)
-    custom = TinyVLAProcessor.from_backbone(vlm, *arguments, {"template": "{bos}{images}{instruction}{eos}"})
+    prompt = {"template": "{bos}{images}{instruction}{eos}"}
+    with pytest.raises(ValueError, match=r"of a 'llava_next' does not tell how many tokens.*'image_seq_length'"):
+        TinyVLAProcessor.from_backbone(vlm, *arguments, prompt)
+    custom = TinyVLAProcessor.from_backbone(vlm, *arguments, {**prompt, "image_seq_length": 7})
     assert custom.prompt_config["template"] == "<bos>{images}{instruction}<|endoftext|>"
+    assert custom.prompt_config["image_seq_length"] == 7
+    again = TinyVLAProcessor.from_backbone(custom, *arguments)
+    assert again.prompt_config == custom.prompt_config
+    with pytest.raises(ValueError, match="Expected the image token '<image>' in prompt_config.*got '<img>'"):
+        TinyVLAProcessor.from_backbone(vlm, *arguments, {**prompt, "image_token": "<img>"})
     config = make_config(
         backbone_config=config.backbone_config.to_dict() | {"model_type": "llava", "image_token_index": 258}
     )
     with pytest.raises(ValueError, match="Expected an added token for images with the config's id 258"):
         TinyVLAProcessor.from_backbone(vlm, config, *arguments[1:])
+
+
+def test_a_llavas_prompt_is_known_for_pythia_alone(make_config, processor):
+    llama = {**make_config().get_text_config().to_dict(), "model_type": "llama"}
+    backbone = make_config().backbone_config.to_dict() | {"text_config": llama}
+    arguments = (make_config(backbone_config=backbone), *(getattr(processor, name) for name in CONFIGS[:3]))
+    with pytest.raises(ValueError, match="'llava' with a language model 'llama', only for .*Llava with GPT-NeoX"):
+        TinyVLAProcessor.from_backbone(pythia_like(processor.image_processor), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "start"), [("idefics3", "<|begin_of_text|>User:<fake"), ("smolvlm", "<|im_start|>User:<fake")]
+)
+def test_prompts_of_idefics_and_smolvlm(make_processor, inputs, backbone, start):
+    processor = make_processor(backbone)
+    decoded = processor.tokenizer.decode(processor(**inputs)["input_ids"][1])
+    assert decoded.startswith(start) and decoded.endswith("pick up the red cube<end_of_utterance>\nAssistant:")
+
+
+@pytest.mark.parametrize("name", ["template", "image_prefix", "image_suffix"])
+def test_tokens_of_the_prompt_must_be_tokens(processor, name):
+    prompt = processor.prompt_config | {name: processor.prompt_config.get(name, "") + "<|im_start|>"}
+    with pytest.raises(ValueError, match=rf"Expected <\|im_start\|> of prompt_config\['{name}'\] to be one token"):
+        rebuilt(processor, prompt_config=prompt)
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>")
+    tokenizer.add_tokens(["<image>", "<eos>"], special_tokens=True)
+    with pytest.raises(ValueError, match="to be one token, but the tokenizer does not know it"):
+        rebuilt(processor, tokenizer=tokenizer, prompt_config=prompt)
+    tokenizer.add_tokens(["<|im_start|>"])
+    assert rebuilt(processor, tokenizer=tokenizer, prompt_config=prompt).prompt_config == prompt
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chunk_size": 5}, "a chunk_size of 5, as the config says, got 4"),
+        ({"action_dim": 7}, "an action_dim of 'robot' of 7, as the config says, got 3"),
+        ({"state_dim": 9}, "a state_dim of 'robot' of 9, as the config says, got 2"),
+        ({"state_dim": None}, "a state_dim of 'robot' of None, as the config says, got 2"),
+    ],
+)
+def test_actions_and_states_are_of_the_models_sizes(make_processor, change, message):
+    with pytest.raises(ValueError, match=message):
+        make_processor(**change)
+
+
+def test_pictures_are_taken_whole(make_processor):
+    for backbone, name in (
+        ("smolvlm", "do_image_splitting"),
+        ("idefics2", "do_image_splitting"),
+        ("internvl", "crop_to_patches"),
+        ("gemma3", "do_pan_and_scan"),
+    ):
+        assert getattr(make_processor(backbone).image_processor, name) is False
+    # not enlarged first for pieces that nobody cuts
+    assert dict(make_processor("smolvlm").image_processor.size) == {"longest_edge": 28}
+    assert dict(make_processor("idefics2").image_processor.size) == {"shortest_edge": 28, "longest_edge": 28}
+
+
+def test_pixels_do_not_depend_on_torchvision(processor, inputs):
+    """Transformers gives torchvision's backend to whoever has torchvision."""
+    options = processor.image_processor.to_dict()
+    other = rebuilt(processor, image_processor=SiglipImageProcessor(**options))
+    assert type(other.image_processor) is type(processor.image_processor)
+    assert torch.equal(other(**inputs)["pixel_values"], processor(**inputs)["pixel_values"])
+
+
+def test_an_instruction_may_be_empty(processor, inputs):
+    """There are datasets without instructions."""
+    empty, blank = (processor(**inputs | {"text": text})["input_ids"] for text in ("", " \n"))
+    assert (
+        torch.equal(empty, blank) and empty.shape[1] == processor(**inputs | {"text": "a"})["input_ids"].shape[1] - 1
+    )
 
 
 def test_the_vision_language_models_own_processor_stays_as_it_was(make_processor):

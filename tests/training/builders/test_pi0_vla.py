@@ -7,8 +7,8 @@ from hf_vla.training.trainer import open_dataset
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"model__config": {"max_action_dim": 6}}, "actions of at most 6 numbers, the dataset's have 7"),
-        ({"model__config": {"max_state_dim": 3}}, "states of at most 3 numbers, the dataset's have 8"),
+        ({"model__config": {"max_action_dim": 6}}, "actions of at most 6 numbers, those of 'robosuite_demos' have 7"),
+        ({"model__config": {"max_state_dim": 3}}, "states of at most 3 numbers, those of 'robosuite_demos' have 8"),
         ({"model__grid": {"num_bins": [8, 16, 8, 8, 8, 8]}}, "pi0_vla takes no model.grid"),
     ],
 )

@@ -4,11 +4,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 import hf_vla  # noqa: F401
 from hf_vla.data.lerobot import LeRobotEpisodes
+from hf_vla.models.tinyvla.modeling_tinyvla import TinyVLAForActionPrediction
 from hf_vla.policy import Policy
 from hf_vla.training.builders.registry import build
 from hf_vla.training.trainer import open_dataset, train
@@ -53,6 +54,8 @@ def tinyvla(make_recipe, tmp_path_factory):
         ("tinyvla_tiny", {"model__config": {"head_config": {"type": "difusion"}}}, "No action head 'difusion'"),
         ("tinyvla_tiny", {"data__action__gripper": {"index": 6, "open": 0.0, "closed": 1.0}}, "goes from -1 to 1"),
         ("tinyvla_tiny", {"data__state": {"rotation": "eulr"}}, "eulr"),
+        ("openvla_oft", {"data__chunk_size": 4}, "set model.config.num_readout_tokens to 28, came 56"),
+        ("openvla_oft", {"model__config__num_readout_tokens": 8}, "num_readout_tokens to 56, came 8"),
     ],
 )
 def test_what_a_family_cannot_do_is_an_error_that_names_it(make_recipe, tmp_path, recipe, overrides, message):
@@ -122,6 +125,48 @@ def test_a_checkpoint_goes_on_with_its_weights_for_new_data(tinyvla, make_recipe
         make(make_recipe(tmp_path, "tinyvla_tiny", **overrides, data__chunk_size=8))
     with pytest.raises(ValueError, match=r"has state_dim 8, the recipe's data have None"):
         make(make_recipe(tmp_path, "tinyvla_tiny", **overrides, data__state=None))
+
+
+@pytest.mark.parametrize("family", ["pi0_vla", "tinyvla"])
+def test_a_checkpoint_keeps_its_normalisation(family, make_recipe, tmp_path):
+    folder, recipe = tmp_path / "checkpoint", f"{family}_tiny"
+    for part in make(make_recipe(tmp_path, recipe)):
+        part.save_pretrained(folder)
+    path = folder / "processor_config.json"
+    config = json.loads(path.read_text())
+    own = {"mode": "quantile", "clip": True, "convention": "lerobot"}
+    config["action_config"] |= {"normalization": own, "state_normalization": {**own, "clip": False}}
+    path.write_text(json.dumps(config))
+    overrides = {"model__preset": None, "model__config": None, "model__path": str(folder)}
+    _, processor = make(make_recipe(tmp_path, recipe, **overrides, data__unnorm_key="mine"))
+    assert processor.action_config["normalization"] == own
+    assert processor.action_config["state_normalization"] == {**own, "clip": False}
+    if family == "pi0_vla":  # which also goes on without a state
+        _, processor = make(make_recipe(tmp_path, recipe, **overrides, data__state=None))
+        assert processor.action_config["state_normalization"] is None
+
+
+def test_a_backbone_that_lacks_weights_is_an_error(vlm, make_recipe, tmp_path):
+    folder = shutil.copytree(vlm, tmp_path / "vlm")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "projector" in name)
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    overrides = {"model__preset": None, "model__config": None, "model__backbone": str(folder)}
+    with pytest.raises(ValueError, match="model.backbone .* lacks 1 weights of a LlavaModel.*multi_modal_projector"):
+        make(make_recipe(tmp_path, "tinyvla_tiny", **overrides))
+
+
+def test_a_pretrained_backbone_is_built_once(vlm, small_head, make_recipe, tmp_path, monkeypatch):
+    devices, init = [], TinyVLAForActionPrediction.__init__
+    monkeypatch.setattr(
+        TinyVLAForActionPrediction,
+        "__init__",
+        lambda self, config: devices.append(torch.empty(0).device.type) or init(self, config),
+    )
+    overrides = {"model__preset": None, "model__config": small_head, "model__backbone": str(vlm)}
+    model, _ = make(make_recipe(tmp_path, "tinyvla_tiny", **overrides))
+    assert devices == ["meta"] and {each.device.type for each in model.state_dict().values()} == {"cpu"}
 
 
 @pytest.mark.parametrize("source", ["vlm", "tinyvla"])

@@ -1,10 +1,11 @@
 """pi0 configuration: transformers' own under a name of its own, with presets."""
 
 import dataclasses
-from difflib import get_close_matches
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.pi0.configuration_pi0 import PI0Config
+
+from hf_vla.models.names import refuse_near_misses
 
 # Small enough to train on two CPU cores in minutes; every part of the architecture is there.
 _TINY = {
@@ -75,10 +76,7 @@ class PI0VLAConfig(PI0Config):
         return cls(**{**presets[name], **overrides})
 
     def __post_init__(self, **kwargs):
-        known = [field.name for field in dataclasses.fields(self)]
-        for name in kwargs:
-            if close := get_close_matches(name, known, n=1, cutoff=0.9):
-                raise ValueError(f"PI0VLAConfig has no {name!r}; did you mean {close[0]!r}?")
+        refuse_near_misses("PI0VLAConfig", kwargs, [field.name for field in dataclasses.fields(self)])
         super().__post_init__(**kwargs)
         self.model_type = type(self).model_type  # a checkpoint of transformers' own says "pi0"
         self.architectures = self.architectures or ["PI0VLAForActionPrediction"]

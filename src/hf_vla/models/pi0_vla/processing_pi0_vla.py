@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from hf_vla.models.batches import check_words, padded
+from hf_vla.models.batches import check_words, control_ids, padded, token_id
 from hf_vla.models.byte_tokenizer import byte_tokenizer
 from hf_vla.models.outputs import VLAOutput
 from hf_vla.models.pi0_vla.configuration_pi0_vla import PI0VLAConfig
@@ -17,8 +17,8 @@ class PI0VLAProcessor(ContinuousActionProcessor):
     """Everything outside the network: pixels, prompt, normalisation of state and actions.
 
     A prompt is `<image>` for every patch of every picture, `<bos>`, the instruction, a newline. Missing cameras have
-    no place in it. pi0 was trained with mean and standard deviation of both state and actions: `{"mode": "mean_std",
-    "convention": "lerobot"}`. See the base class for the arguments.
+    no place in it; the state of a robot that declares none is 0. pi0 was trained with mean and standard deviation of
+    both state and actions: `{"mode": "mean_std", "convention": "lerobot"}`. See the base class for the arguments.
 
     Source: pi0, https://huggingface.co/papers/2410.24164; transformers' `PI0Processor` and `PI0ImageProcessor`, which
     need torchvision.
@@ -35,14 +35,9 @@ class PI0VLAProcessor(ContinuousActionProcessor):
     ):
         if not hasattr(image_processor, "image_seq_length"):
             raise ValueError("Expected an image processor with `image_seq_length`, the number of patches of an image.")
-        if not isinstance(image_processor, SiglipImageProcessorPil):  # the torchvision backend resizes differently
-            image_processor = SiglipImageProcessorPil(**image_processor.to_dict())
         super().__init__(image_processor, tokenizer, statistics, action_config, camera_config, chat_template)
-        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        if self.image_token_id in (None, tokenizer.unk_token_id):
-            raise ValueError(f"Expected a tokenizer with the token {IMAGE_TOKEN!r}, got one without.")
-        # what an instruction may not hold; unknown characters are no crime
-        self._control_ids = {self.image_token_id, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        self.image_token_id = token_id(tokenizer, IMAGE_TOKEN)
+        self._control_ids = control_ids(tokenizer, self.image_token_id)
 
     @classmethod
     def from_tokenizer(
@@ -60,7 +55,7 @@ class PI0VLAProcessor(ContinuousActionProcessor):
             statistics, action_config, camera_config (`dict`): see the class.
 
         Raises:
-            ValueError: the tokenizer's `<image>` is not the config's.
+            ValueError: the tokenizer's `<image>` is not the config's, or actions or states are too wide for it.
         """
         side = config.vlm_config.vision_config.image_size
         image_processor = SiglipImageProcessorPil(
@@ -75,6 +70,7 @@ class PI0VLAProcessor(ContinuousActionProcessor):
                 f"Expected {IMAGE_TOKEN!r} to have the id {config.vlm_config.image_token_id} of the config, got "
                 f"{processor.image_token_id}: is this the tokenizer of another model?"
             )
+        processor.check_sizes(config)
         return processor
 
     @classmethod
@@ -85,32 +81,55 @@ class PI0VLAProcessor(ContinuousActionProcessor):
     def encode_prompts(self, views: list[list[tuple[Image.Image, bool]]], texts: list[str]) -> dict[str, np.ndarray]:
         """Return `input_ids`, `attention_mask`, `pixel_values` and `pixel_attention_mask`; see the base class."""
         present = padded([[there for _, there in sample] for sample in views], False)
-        if not present.any(1).all():
-            blind = np.flatnonzero(~present.any(1)).tolist()
-            raise ValueError(f"Expected a picture of at least one camera, got none for the samples {blind}.")
         pictures = [picture for sample in views for picture, there in sample if there]
         pixels = np.stack(self.image_processor(pictures, return_tensors="np")["pixel_values"])
         pixel_values = np.zeros((*present.shape, *pixels.shape[1:]), np.float32)
         pixel_values[present] = pixels
         prompts = [self._prompt_ids(text, count) for text, count in zip(texts, present.sum(1), strict=True)]
-        return {
+        inputs = {
             "input_ids": padded(prompts, self.tokenizer.pad_token_id),
             "attention_mask": padded([[1] * len(prompt) for prompt in prompts], 0),
             "pixel_values": pixel_values,
             "pixel_attention_mask": present,
         }
+        if not self.action_codec.takes_state:
+            inputs["state"] = np.zeros((len(texts), 1), np.float32)
+        return inputs
 
     def _prompt_ids(self, text: str, num_pictures: int) -> list[int]:
         check_words(text, self.tokenizer, self._control_ids)
-        words = self.tokenizer(f"{self.tokenizer.bos_token}{text}\n", add_special_tokens=False)["input_ids"]
+        words = self.tokenizer(f"{self.tokenizer.bos_token}{text.strip()}\n", add_special_tokens=False)["input_ids"]
         return [self.image_token_id] * (self.image_processor.image_seq_length * num_pictures) + words
 
     def decode_actions(self, output: VLAOutput, unnorm_key=None) -> np.ndarray:
         """Turn predicted actions into robot actions, without what pi0 appends to the robot's own dimensions.
 
-        Arguments, result and errors are those of the base class.
+        Arguments, result and errors are those of the base class; the robots of a batch have equally many dimensions.
         """
-        if output.actions is not None:
-            key = unnorm_key[0] if isinstance(unnorm_key, (list, tuple)) else unnorm_key
-            output = VLAOutput(actions=output.actions[..., : self.action_codec.normalizer(key).action_dim])
-        return super().decode_actions(output, unnorm_key)
+        if output.actions is None:
+            return super().decode_actions(output, unnorm_key)
+        keys = set(unnorm_key) if isinstance(unnorm_key, (list, tuple)) else {unnorm_key}
+        widths = {self.action_codec.normalizer(key).action_dim for key in keys}
+        if len(widths) > 1:
+            raise ValueError(
+                f"Expected datasets whose actions have equally many dimensions, got {sorted(widths)} for "
+                f"{sorted(keys)}: decode them apart."
+            )
+        return super().decode_actions(VLAOutput(actions=output.actions[..., : widths.pop()]), unnorm_key)
+
+    def check_sizes(self, config: PI0VLAConfig) -> None:
+        """Check that a model has room for the actions and states of every dataset.
+
+        Args:
+            config ([`PI0VLAConfig`]): the model's.
+
+        Raises:
+            ValueError: it has not.
+        """
+        codec = self.action_codec
+        for key in codec.keys:
+            state_dim = codec.state_normalizer(key).action_dim if codec.takes_state else 0
+            sizes = {"actions": codec.normalizer(key).action_dim, "states": state_dim}
+            for (what, size), most in zip(sizes.items(), (config.max_action_dim, config.max_state_dim), strict=True):
+                if size > most:
+                    raise ValueError(f"This pi0 takes {what} of at most {most} numbers, those of {key!r} have {size}.")

@@ -1,12 +1,13 @@
 """SpatialVLA configuration."""
 
 import dataclasses
-from difflib import get_close_matches
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+from hf_vla.models.names import refuse_near_misses
 
 # Small enough to train on two CPU cores in minutes; every part of the architecture is there.
 _TINY = {
@@ -171,10 +172,7 @@ class SpatialVLAConfig(PreTrainedConfig):
         return cls(**{**presets[name], **overrides})
 
     def __post_init__(self, **kwargs):
-        known = [field.name for field in dataclasses.fields(self)]
-        for name in kwargs:
-            if close := get_close_matches(name, known, n=1, cutoff=0.9):
-                raise ValueError(f"SpatialVLAConfig has no {name!r}; did you mean {close[0]!r}?")
+        refuse_near_misses("SpatialVLAConfig", kwargs, [field.name for field in dataclasses.fields(self)])
         super().__post_init__(**kwargs)
         self.architectures = self.architectures or ["SpatialVLAForConditionalGeneration"]
         if self.use_ego3d is None:

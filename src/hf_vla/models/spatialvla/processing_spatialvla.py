@@ -13,18 +13,20 @@ from hf_vla.models.batches import (
     VLAFeatures,
     as_numpy,
     check_words,
+    control_ids,
     decode_predictions,
     padded,
     per_sample,
     targets,
+    token_id,
 )
 from hf_vla.models.byte_tokenizer import byte_tokenizer
-from hf_vla.models.images import to_rgb
+from hf_vla.models.images import pil_backend, to_rgb
 from hf_vla.models.outputs import VLAOutput
+from hf_vla.models.processing import dataset_cameras
 from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
 
 IMAGE_TOKEN = "<image>"
-DEFAULT_CAMERA = "default"
 # What every published grid bins; the checkpoints themselves do not say it.
 PUBLISHED_SPEC = ActionSpec(("x", "y", "z", "roll", "pitch", "yaw", "gripper"), "delta_ee", rotation="euler_xyz")
 IGNORED = -100  # label that no loss sees
@@ -59,27 +61,24 @@ class SpatialVLAProcessor(ProcessorMixin):
             raise ValueError(
                 "Expected an image processor that rescales to [0, 1] and leaves normalising to the model."
             )
-        if not isinstance(image_processor, SiglipImageProcessorPil):  # the torchvision backend resizes differently
-            image_processor = SiglipImageProcessorPil(**image_processor.to_dict())
         self.statistics, self.action_config, self.camera_config = statistics, action_config, camera_config
         self.action_codec = ActionCodec(statistics, action_config)
-        self.cameras = {key: CameraSpec.from_dict(camera) for key, camera in (camera_config or {}).items()}
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.cameras = {key: (CameraSpec.from_dict(camera),) for key, camera in (camera_config or {}).items()}
+        super().__init__(pil_backend(image_processor), tokenizer, chat_template=chat_template)
         if not hasattr(image_processor, "image_seq_length"):
             raise ValueError("Expected an image processor with `image_seq_length`, the number of patches of an image.")
-        self.action_token_begin = self._token_id("<ACTION00000>")
+        self.action_token_begin = token_id(tokenizer, "<ACTION00000>")
         if self.action_codec.tokenizer is not None:
             last = self.action_codec.tokenizer.vocab_size - 1
-            if self._token_id(f"<ACTION{last:05d}>") != self.action_token_begin + last:
+            if token_id(tokenizer, f"<ACTION{last:05d}>") != self.action_token_begin + last:
                 raise ValueError(
                     f"Expected the {last + 1} action tokens to have consecutive ids; this tokenizer's have not."
                 )
 
         for key in self.action_codec.keys:
             _check_spec(key, self.action_codec.specs(key)[0])
-        # what an instruction may not hold; unknown characters are no crime
-        self._control_ids = {self._token_id(IMAGE_TOKEN), *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-        self._control_ids.update(range(self.action_token_begin, len(tokenizer)))
+        actions = range(self.action_token_begin, len(tokenizer))
+        self._control_ids = control_ids(tokenizer, token_id(tokenizer, IMAGE_TOKEN), *actions)
 
     @classmethod
     def from_scratch(cls, config: SpatialVLAConfig, statistics: dict, action_config: dict, camera_config: dict):
@@ -120,7 +119,7 @@ class SpatialVLAProcessor(ProcessorMixin):
 
         Args:
             images: one image or a list with one per sample; see [`~hf_vla.models.images.to_rgb`].
-            text (`str` or `list[str]`): instruction, one for all or one per sample.
+            text (`str` or `list[str]`): instruction, one for all or one per sample; it may be empty.
             actions (`(T, D)` or `(batch_size, T, D)`, *optional*): targets in robot units.
             action_mask (`(T,)` or `(batch_size, T)` of bool, *optional*): True where an action is real. Actions that
                 are not real, and the end token behind them, get no label.
@@ -190,12 +189,6 @@ class SpatialVLAProcessor(ProcessorMixin):
             ids = np.clip(ids, low, stop - 1)
         return decode_predictions(self.action_codec, ids, unnorm_key)
 
-    def _token_id(self, token: str) -> int:
-        index = self.tokenizer.convert_tokens_to_ids(token)
-        if index is None or index == self.tokenizer.unk_token_id:
-            raise ValueError(f"The tokenizer has no token {token!r}; it must hold <image> and every action token.")
-        return index
-
     def _prompt_ids(self, text: str) -> list[int]:
         """`<image>` for every patch, `<bos>`, the instruction, a newline: the same in training and inference."""
         if isinstance(text, str):
@@ -243,22 +236,18 @@ class SpatialVLAProcessor(ProcessorMixin):
         return np.array([camera.scaled(width, height).intrinsics for camera in cameras], np.float32)
 
     def camera_specs(self, unnorm_key: str | None = None) -> tuple[CameraSpec, ...]:
-        """Camera of a dataset, one: its own, else the default; none where the checkpoint knows no camera.
+        """Camera of a dataset.
+
+        Args:
+            unnorm_key (`str`, *optional*): a dataset's name; may be left out where the checkpoint knows one.
+
+        Returns:
+            `tuple[CameraSpec, ...]`: one, its own or else the default; () where none is declared at all.
 
         Raises:
             ValueError: the key is unknown, or there are several cameras, no default and no key.
         """
-        if not self.cameras:
-            return ()
-        if unnorm_key is None and len(self.action_codec.keys) == 1:
-            unnorm_key = self.action_codec.keys[0]
-        if unnorm_key in self.cameras:
-            return (self.cameras[unnorm_key],)
-        if unnorm_key is not None:
-            self.action_codec.resolve_key(unnorm_key)
-        if DEFAULT_CAMERA not in self.cameras:
-            raise ValueError(f"No camera for {unnorm_key!r}; this checkpoint knows those of {sorted(self.cameras)}.")
-        return (self.cameras[DEFAULT_CAMERA],)
+        return dataset_cameras(self.cameras, self.action_codec, unnorm_key)
 
     def _generated_ids(self, token_ids) -> np.ndarray:
         token_ids = np.atleast_2d(torch.as_tensor(token_ids).cpu().numpy())

@@ -2,12 +2,13 @@
 
 import copy
 import dataclasses
-from difflib import get_close_matches
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+from hf_vla.models.names import refuse_near_misses
 
 _CLIP_L = {
     "model_type": "clip_vision_model",
@@ -19,6 +20,8 @@ _CLIP_L = {
     "patch_size": 14,
     "projection_dim": 768,
 }
+# of the vision towers whose tokens can be counted
+_CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 # hidden size, layers, attention heads, intermediate size of the three Pythia language models
 _PYTHIA = {"s": (512, 6, 8, 2048), "b": (1024, 24, 16, 4096), "h": (2048, 16, 8, 8192)}
 
@@ -123,16 +126,13 @@ class TinyVLAConfig(PreTrainedConfig):
         return cls(**{**copy.deepcopy(presets[name]), **overrides})
 
     def __post_init__(self, **kwargs):
-        known = [field.name for field in dataclasses.fields(self)]
-        for name in kwargs:
-            if close := get_close_matches(name, known, n=1, cutoff=0.9):
-                raise ValueError(f"TinyVLAConfig has no {name!r}; did you mean {close[0]!r}?")
+        refuse_near_misses("TinyVLAConfig", kwargs, [field.name for field in dataclasses.fields(self)])
         super().__post_init__(**kwargs)
         self.architectures = self.architectures or ["TinyVLAForActionPrediction"]
         self.head_config = {"type": "diffusion"} if self.head_config is None else self.head_config
 
     def validate_architecture(self):
-        """Check that sizes are positive and that the readout tokens are in the vocabulary.
+        """Check that sizes are positive, and that image and readout tokens have ids of their own in the vocabulary.
 
         The head's options are checked when the model builds it.
         """
@@ -140,15 +140,25 @@ class TinyVLAConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"Expected {name} of {least} or more, got {value}.")
+        vocab_size, image, ids = self.get_text_config().vocab_size, self.image_token_id, self.readout_token_ids
+        if not 0 <= image < vocab_size:
+            raise ValueError(
+                f"The image token {image} does not fit a vocabulary of {vocab_size}: set vocab_size of "
+                f"backbone_config's text_config to {image + 1} or more, or the image token's id."
+            )
         if self.num_readout_tokens == 0:
             return
         if self.readout_token_id is None:
             raise ValueError(f"num_readout_tokens is {self.num_readout_tokens}, but no readout_token_id is given.")
-        ids, vocab_size = self.readout_token_ids, self.get_text_config().vocab_size
-        if ids.stop > vocab_size:
+        if ids.start < 0 or ids.stop > vocab_size:
             raise ValueError(
                 f"The readout tokens {ids.start}..{ids.stop - 1} do not fit a vocabulary of {vocab_size}: set "
                 f"vocab_size of backbone_config's text_config to {ids.stop}."
+            )
+        if image in ids:
+            raise ValueError(
+                f"The image token {image} is among the readout tokens {ids.start}..{ids.stop - 1}: set "
+                "readout_token_id to another id."
             )
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
@@ -168,11 +178,40 @@ class TinyVLAConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int | None:
-        """Tokens of one image; None where they depend on its size (Qwen2-VL)."""
+        """Tokens of one image; None where they depend on its size, and the image processor counts them (Qwen2-VL).
+
+        Raises:
+            ValueError: the backbone's configuration does not tell.
+        """
         backbone = self.backbone_config
-        vision = backbone.vision_config
-        if not hasattr(vision, "image_size"):
+        vision = getattr(backbone, "vision_config", None)
+        if hasattr(vision, "spatial_merge_size"):
             return None
-        strategy = getattr(backbone, "vision_feature_select_strategy", None)
-        class_token = strategy == "full" and vision.model_type == "clip_vision_model"
-        return (vision.image_size // vision.patch_size) ** 2 // getattr(backbone, "scale_factor", 1) ** 2 + class_token
+        if hasattr(backbone, "perceiver_config"):
+            return backbone.perceiver_config.resampler_n_latents
+        if hasattr(backbone, "mm_tokens_per_image"):
+            return backbone.mm_tokens_per_image
+        rows, columns = _patches(vision)
+        if factor := getattr(backbone, "scale_factor", None) or getattr(backbone, "downsample_factor", None):
+            return (rows // factor) * (columns // factor)
+        if ratio := getattr(backbone, "downsample_ratio", None):
+            return int(rows * ratio) * int(columns * ratio)
+        if backbone.model_type == "paligemma":
+            return rows * columns
+        if backbone.model_type in ("llava", "vipllava") and vision.model_type in _CLASS_TOKENS:
+            # all but the first, be it a class token or not
+            left_out = getattr(backbone, "vision_feature_select_strategy", "default") == "default"
+            return rows * columns + _CLASS_TOKENS[vision.model_type] - left_out
+        raise ValueError(
+            f"The configuration of a {backbone.model_type!r} does not tell how many tokens an image takes, or they "
+            "depend on its size: give prompt_config['image_seq_length'], if it is the same for all of your images."
+        )
+
+
+def _patches(vision: PreTrainedConfig | None) -> tuple[int, int]:
+    """Rows and columns; (0, 0) where there are none."""
+    sizes = [getattr(vision, name, None) for name in ("image_size", "patch_size")]
+    if None in sizes:
+        return 0, 0
+    (height, width), (rows, columns) = (size if isinstance(size, (list, tuple)) else (size, size) for size in sizes)
+    return height // rows, width // columns

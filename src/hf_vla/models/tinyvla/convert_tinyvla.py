@@ -1,4 +1,4 @@
-"""TinyVLA's published checkpoints (`model_type` "llava_pythia") -> ours.
+"""TinyVLA's published checkpoints (`model_type` "llava_pythia") -> ours; what they were made from -> Llava.
 
 Source: the published code of https://huggingface.co/papers/2409.12514
 """
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
@@ -20,9 +20,10 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava.processing_llava import LlavaProcessor
 
 from hf_vla.actions.normalization import TINYVLA_MARGIN
-from hf_vla.actions.spec import CameraSpec
+from hf_vla.actions.spec import ActionSpec, CameraSpec, StateSpec
 from hf_vla.models.conversion import Conversion, match_weights, one_dtype, read_json, read_weights
 from hf_vla.models.processing import DEFAULT_CAMERAS
 from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
@@ -54,12 +55,25 @@ VISION_FIELDS = (
     "patch_size num_channels"
 ).split()
 IMAGE_TOKEN = "<image>"
+LANGUAGE_HEAD = "embed_out.weight"
+# What the published actions and states of these sizes are, Euler angles as DROID's; which end of the gripper is open
+# is not known.
+PUBLISHED_SIZES = (10, 7)
+PUBLISHED_SPECS = {
+    "action": ActionSpec(
+        ("x", "y", "z", "r11", "r12", "r13", "r21", "r22", "r23", "gripper"), "absolute_ee", rotation="rot6d"
+    ).to_dict(),
+    "state": StateSpec(("x", "y", "z", "roll", "pitch", "yaw", "gripper"), rotation="euler_xyz").to_dict(),
+}
 UNNORM_KEY = "tinyvla"
 CAMERA_SIZE = (320, 180)  # pixels of the published training images
 NO_PROCESSOR = "There is no processor: the source has no tokenizer.json. Add GPT-NeoX's and convert again."
 NO_STATISTICS = (
     "The processor has no statistics, so that it can neither normalise states nor decode actions: convert again with "
     "--statistics, a JSON file with action_min, action_max, qpos_mean and qpos_std of the published dataset_stats.pkl."
+)
+NO_ACTION_HEAD = (
+    "This is a vision-language model without an action head, now a Llava: name it as model.backbone of a recipe."
 )
 NO_CAMERAS = (
     "The processor takes one image. If the checkpoint has several cameras, name them: --camera left --camera right."
@@ -76,6 +90,7 @@ def translate(
 
     Sizes come from config.json and, where that names none (the UNet's), from the weights. The time embedding is
     computed in bfloat16, as the published code does; losses mask padded actions, which the published ones do not.
+    A pretrained vision-language model, whose `embed_out` is a language head, becomes a Llava without that.
 
     Args:
         folder (`Path`): with config.json and safetensors; with tokenizer.json, there will be a processor.
@@ -92,21 +107,28 @@ def translate(
     """
     published = read_json(folder / "config.json")
     _expect(published, "model_type", "llava_pythia")
-    _expect(published, "action_head_type", "droid_diffusion")
+    if "action_head_type" in published:
+        _expect(published, "action_head_type", "droid_diffusion")
     weights = read_weights(folder)
-    dropped = sorted(name for name in weights if any(re.fullmatch(pattern, name) for pattern in DROPPED))
-    weights = one_dtype({name: tensor for name, tensor in weights.items() if name not in dropped}, dtype)
-    vocab_size = _fields(published, ["vocab_size"])["vocab_size"]
-    tokenizer = _tokenizer(folder, vocab_size)
-    image_token_id = vocab_size if tokenizer is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    config = _config(published, weights, image_token_id)
-    if EMBEDDING in weights and image_token_id >= vocab_size:  # nothing reads the image placeholder's embedding
-        weights[EMBEDDING] = F.pad(weights[EMBEDDING], (0, 0, 0, image_token_id + 1 - vocab_size))
+    if "action_head_type" not in published and LANGUAGE_HEAD in weights:
+        return _language_model(folder, published, weights, bool(statistics or cameras), dtype)
+    _expect(published, "action_head_type", "droid_diffusion")
+    tokenizer = _tokenizer(folder, published)
+    backbone_config = _backbone_config(published, weights, tokenizer)
+    head_config, action_dim, state_dim = _head_config(weights)
+    for name, value in (("action_dim", action_dim), ("state_dim", state_dim)):
+        if published.get(name, value) != value:
+            raise ValueError(f"config.json says {name} {published[name]}, the weights say {value}.")
+    config = TinyVLAConfig(
+        backbone_config=backbone_config,
+        head_config=head_config,
+        action_dim=action_dim,
+        state_dim=state_dim,
+        chunk_size=_fields(published, ["chunk_size"])["chunk_size"],
+    )
     with torch.device("meta"):
         model = TinyVLAForActionPrediction(config)
-    weights = match_weights(weights, PREFIXES, model)
-    torch.nn.Module.to(model, next(iter(weights.values())).dtype)
-    conversion = Conversion(model, weights, dropped=dropped)
+    conversion = _conversion(model, published, weights, PREFIXES, dtype)
     if tokenizer is not None:
         conversion.processor = _processor(folder, config, tokenizer, statistics, cameras)
         conversion.notes = [note for note, told in ((NO_STATISTICS, statistics), (NO_CAMERAS, cameras)) if not told]
@@ -115,6 +137,43 @@ def translate(
     else:
         conversion.notes = [NO_PROCESSOR]
     return conversion
+
+
+def _language_model(folder, published, weights, for_robots, dtype):
+    """A vision-language model without its language head, which recipes can name as model.backbone."""
+    tokenizer = _tokenizer(folder, published)
+    if tokenizer is None or for_robots:
+        raise ValueError(
+            "This is a vision-language model without an action head: statistics and cameras are not its, and it needs "
+            "its tokenizer.json, with which a recipe (model.backbone) makes a TinyVLA of it."
+        )
+    config = AutoConfig.for_model(**_backbone_config(published, weights, tokenizer))
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    prefixes = [(old, new.removeprefix("backbone.")) for old, new in PREFIXES if new.startswith("backbone.")]
+    weights.pop(LANGUAGE_HEAD)
+    conversion = _conversion(model, published, weights, prefixes, dtype)
+    conversion.dropped = sorted([LANGUAGE_HEAD, *conversion.dropped])
+    conversion.processor = LlavaProcessor(
+        _image_processor(folder, config.vision_config),
+        tokenizer,
+        config.vision_config.patch_size,
+        config.vision_feature_select_strategy,
+        num_additional_image_tokens=int(config.vision_config.model_type == "clip_vision_model"),
+    )
+    conversion.notes = [NO_ACTION_HEAD]
+    return conversion
+
+
+def _conversion(model, published, weights, prefixes, dtype):
+    dropped = sorted(name for name in weights if any(re.fullmatch(pattern, name) for pattern in DROPPED))
+    weights = one_dtype({name: tensor for name, tensor in weights.items() if name not in dropped}, dtype)
+    rows = model.config.get_text_config().vocab_size - published["vocab_size"]
+    if EMBEDDING in weights:  # nothing reads the image placeholder's
+        weights[EMBEDDING] = F.pad(weights[EMBEDDING], (0, 0, 0, rows))
+    weights = match_weights(weights, prefixes, model)
+    torch.nn.Module.to(model, next(iter(weights.values())).dtype)
+    return Conversion(model, weights, dropped=dropped)
 
 
 def _expect(published, name, *expected):
@@ -131,34 +190,25 @@ def _fields(published, names, place="config.json"):
     return {name: published[name] for name in names}
 
 
-def _config(published, weights, image_token_id):
+def _backbone_config(published, weights, tokenizer):
     for name, *expected in (("concat", "token_cat", "None"), ("mm_use_im_start_end", False), ("rope_scaling", None)):
         if name in published:
             _expect(published, name, *expected)
     text = _fields(published, TEXT_FIELDS)
     rope = _fields(published, ["rotary_emb_base", "rotary_pct"])
+    image_token_id = text["vocab_size"] if tokenizer is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     text["vocab_size"] = max(text["vocab_size"], image_token_id + 1)
     text["rope_parameters"] = {
         "rope_type": "default",
         "rope_theta": rope["rotary_emb_base"],
         "partial_rotary_factor": rope["rotary_pct"],
     }
-    head_config, action_dim, state_dim = _head_config(weights)
-    for name, value in (("action_dim", action_dim), ("state_dim", state_dim)):
-        if published.get(name, value) != value:
-            raise ValueError(f"config.json says {name} {published[name]}, the weights say {value}.")
-    return TinyVLAConfig(
-        backbone_config={
-            "model_type": "llava",
-            **_vision_options(_fields(published, ["vision_config"])["vision_config"], weights),
-            "text_config": {"model_type": "gpt_neox", **text},
-            "image_token_index": image_token_id,
-        },
-        head_config=head_config,
-        action_dim=action_dim,
-        state_dim=state_dim,
-        chunk_size=_fields(published, ["chunk_size"])["chunk_size"],
-    )
+    return {
+        "model_type": "llava",
+        **_vision_options(_fields(published, ["vision_config"])["vision_config"], weights),
+        "text_config": {"model_type": "gpt_neox", **text},
+        "image_token_index": image_token_id,
+    }
 
 
 def _vision_options(published, weights):
@@ -208,10 +258,11 @@ def _head_config(weights):
     return head_config, shape("final_conv.1.weight")[0], joined_dim - feature_dim
 
 
-def _tokenizer(folder, vocab_size):
+def _tokenizer(folder, published):
     """The source's tokenizer with the image placeholder, or None."""
     if not (folder / "tokenizer.json").is_file():
         return None
+    vocab_size = _fields(published, ["vocab_size"])["vocab_size"]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     if len(tokenizer) > vocab_size:
         raise ValueError(f"The source's tokenizer has {len(tokenizer)} tokens, its config.json only {vocab_size}.")
@@ -219,8 +270,7 @@ def _tokenizer(folder, vocab_size):
     return tokenizer
 
 
-def _processor(folder, config, tokenizer, statistics, cameras):
-    vision = config.backbone_config.vision_config
+def _image_processor(folder, vision):
     mean, std = (
         (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
         if vision.model_type == "clip_vision_model"
@@ -229,35 +279,33 @@ def _processor(folder, config, tokenizer, statistics, cameras):
     if (folder / "preprocessor_config.json").is_file():
         images = read_json(folder / "preprocessor_config.json")
         mean, std = images.get("image_mean", mean), images.get("image_std", std)
-    image_processor = LlavaImageProcessorPil(
+    return LlavaImageProcessorPil(
         do_pad=True,
         do_center_crop=False,
         size={"height": vision.image_size, "width": vision.image_size},
         image_mean=list(mean),
         image_std=list(std),
     )
+
+
+def _processor(folder, config, tokenizer, statistics, cameras):
     action_config = {
         "chunk_size": config.chunk_size,
         "normalization": {"mode": "min_max", "clip": False, "convention": "tinyvla"},
         "state_normalization": {"mode": "mean_std", "clip": False, "convention": "tinyvla"},
     }
+    if statistics is not None and (config.action_dim, config.state_dim) == PUBLISHED_SIZES:
+        action_config["specs"] = {UNNORM_KEY: PUBLISHED_SPECS}
     specs = [CameraSpec(name, *CAMERA_SIZE).to_dict() for name in cameras]
-    processor = TinyVLAProcessor.from_backbone(
-        SimpleNamespace(image_processor=image_processor, tokenizer=tokenizer),
+    return TinyVLAProcessor.from_backbone(
+        SimpleNamespace(
+            image_processor=_image_processor(folder, config.backbone_config.vision_config), tokenizer=tokenizer
+        ),
         config,
         None if statistics is None else {UNNORM_KEY: _statistics(statistics)},
         action_config,
         {DEFAULT_CAMERAS: specs} if specs else None,
     )
-    if statistics is not None:
-        codec = processor.action_codec
-        sizes = codec.normalizer().action_dim, codec.state_normalizer().action_dim
-        if sizes != (config.action_dim, config.state_dim):
-            raise ValueError(
-                f"Expected statistics of {config.action_dim} action and {config.state_dim} state dimensions, came "
-                f"{sizes[0]} and {sizes[1]}."
-            )
-    return processor
 
 
 def _statistics(published):

@@ -46,7 +46,9 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
     def __init__(self, config: TinyVLAConfig):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config)
-        self._backbone_inputs = frozenset(inspect.signature(self.backbone.forward).parameters)
+        parameters = inspect.signature(self.backbone.forward).parameters.values()
+        # Without those that encode sets itself.
+        self._backbone_inputs = {each.name for each in parameters if each.kind != each.VAR_KEYWORD} - {"use_cache"}
         feature_dim = config.get_text_config().hidden_size
         self.action_head = build_action_head(
             config.head_config, feature_dim, config.action_dim, config.chunk_size, config.state_dim
@@ -85,8 +87,16 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
             real. L is the sequence length, or the number of readout tokens where the config has any.
 
         Raises:
-            ValueError: a prompt is padded on the left, or has not all of the readout tokens.
+            ValueError: a prompt is padded on the left, too long or has not all of the readout tokens, or the backbone
+                knows no input of that name.
         """
+        backbone_inputs = self.check_inputs("encode", backbone_inputs, self._backbone_inputs)
+        longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and input_ids.shape[1] > longest:
+            raise ValueError(
+                f"Expected prompts of at most {longest} tokens, for which the backbone has positions, got "
+                f"{input_ids.shape[1]}: shorten the instruction, or look through fewer cameras."
+            )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         mask, is_image = attention_mask.bool(), input_ids == self.config.image_token_id
@@ -99,7 +109,7 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
         features, readout = outputs.last_hidden_state, self.config.readout_token_ids
         if not readout:
             return features, mask
-        is_readout = (input_ids >= readout.start) & (input_ids < readout.stop) & mask
+        is_readout = (input_ids >= readout.start) & (input_ids < readout.stop)
         if (is_readout.sum(-1) != len(readout)).any():
             raise ValueError(
                 f"Expected the {len(readout)} readout tokens {readout.start}..{readout.stop - 1} in every prompt, got "
@@ -155,6 +165,7 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
             raise ValueError("Expected `actions` to learn from; to predict some, call predict_action.")
         if action_mask is None:
             action_mask = torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device)
+        backbone_inputs = self.check_inputs("forward", backbone_inputs, self._backbone_inputs)
         features, mask = self.encode(input_ids, attention_mask, pixel_values, **backbone_inputs)
         loss = self.action_head.loss(features, mask, actions, action_mask, state, generator)
         return VLAOutput(loss=loss.mean(), hidden_states=(features,))
@@ -184,6 +195,7 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
         Raises:
             ValueError: a prediction is NaN or infinite, an argument is not for this head; see also `encode`.
         """
+        backbone_inputs = self.check_inputs("predict_action", backbone_inputs, self._backbone_inputs)
         features, mask = self.encode(input_ids, attention_mask, pixel_values, **backbone_inputs)
         actions = self.action_head.sample(
             features, mask, state, generator=generator, noise=noise, num_inference_steps=num_inference_steps

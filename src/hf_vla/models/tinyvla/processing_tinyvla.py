@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from hf_vla.models.batches import check_words, padded
+from hf_vla.models.batches import check_words, control_ids, padded, token_id
 from hf_vla.models.byte_tokenizer import byte_tokenizer
 from hf_vla.models.processing import ContinuousActionProcessor
 from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
@@ -20,7 +21,7 @@ PUBLISHED_TEMPLATE = (
 )
 _FAKE = "<fake_token_around_image>"
 _IDEFICS = {
-    "template": "<|im_start|>User:{images}{instruction}<end_of_utterance>\nAssistant:",
+    "template": "User:{images}{instruction}<end_of_utterance>\nAssistant:",
     "image_prefix": f"{_FAKE}<global-img>",
     "image_suffix": _FAKE,
 }
@@ -30,15 +31,19 @@ _QWEN = {
     "image_prefix": "<|vision_start|>",
     "image_suffix": "<|vision_end|>",
 }
-# model type of a backbone: the prompt that it was pretrained with; `{eos}` and `{bos}` are its tokenizer's
+# model type of a backbone: the prompt that it was pretrained with (Llava: TinyVLA's Pythia was; others differ by
+# their language model); `{eos}` and `{bos}` are its tokenizer's
 PROMPTS = {
     "llava": {"template": PUBLISHED_TEMPLATE + "{eos}"},
     "paligemma": {"template": "{images}{bos}{instruction}\n"},
-    "idefics3": _IDEFICS,
-    "smolvlm": _IDEFICS,
+    "idefics3": {**_IDEFICS, "template": "<|begin_of_text|>" + _IDEFICS["template"]},
+    "smolvlm": {**_IDEFICS, "template": "<|im_start|>" + _IDEFICS["template"]},
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
 }
+# by which image processors cut up an image, or add crops of it
+TILINGS = ("do_image_splitting", "crop_to_patches", "do_pan_and_scan")
+TILE_COUNTS = ("num_crops", "num_patches")
 PROMPT_KEYS = ("template", "image_prefix", "image_token", "image_suffix", "image_seq_length")
 
 
@@ -74,10 +79,9 @@ class TinyVLAProcessor(ContinuousActionProcessor):
         self.prompt_config = prompt_config
         _check_prompt(prompt_config)
         super().__init__(image_processor, tokenizer, statistics, action_config, camera_config, chat_template)
-        self.image_token_id = _token_id(tokenizer, prompt_config["image_token"])
-        # what an instruction may not hold; unknown characters are no crime
-        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._control_ids = {self.image_token_id, *special, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        _check_tokens(prompt_config, tokenizer)
+        self.image_token_id = token_id(tokenizer, prompt_config["image_token"])
+        self._control_ids = control_ids(tokenizer, self.image_token_id)
 
     @classmethod
     def from_scratch(cls, config: TinyVLAConfig, statistics: dict, action_config: dict, camera_config: dict):
@@ -126,51 +130,71 @@ class TinyVLAProcessor(ContinuousActionProcessor):
             prompt_config (`dict`, *optional*): entries that replace those known for the model, see the class.
 
         Raises:
-            ValueError: the config's ids are not the tokenizer's, or no prompt is known for the model.
+            ValueError: the config's ids are not the tokenizer's, its sizes not those of the actions and states, or it
+                does not tell the prompt or the number of image tokens.
         """
-        model_type = config.backbone_config.model_type
-        prompt = getattr(processor, "prompt_config", PROMPTS.get(model_type, {})) | (prompt_config or {})
+        prompt = {**getattr(processor, "prompt_config", _known_prompt(config)), **(prompt_config or {})}
         if "template" not in prompt:
             raise ValueError(
-                f"No prompt is known for a backbone {model_type!r}, only for {sorted(PROMPTS)}: give prompt_config "
-                "with a template, and what the model puts around its image tokens."
+                f"No prompt is known for a backbone {config.backbone_config.model_type!r} with a language model "
+                f"{config.get_text_config().model_type!r}, only for {sorted(PROMPTS)} (Llava with GPT-NeoX): give "
+                "prompt_config with a template, and what the model puts around its image tokens."
             )
         tokenizer, image_processor = copy.deepcopy(processor.tokenizer), copy.deepcopy(processor.image_processor)
-        if hasattr(image_processor, "do_image_splitting"):  # one camera, one picture
-            image_processor.do_image_splitting = False
-            image_processor.size = image_processor.max_image_size
-        readout = [f"<readout{index:03d}>" for index in range(config.num_readout_tokens)]
-        tokenizer.add_tokens(readout, special_tokens=True)
-        for token, index in zip(readout, config.readout_token_ids, strict=True):
-            if _token_id(tokenizer, token) != index:
-                raise ValueError(
-                    f"Expected {token} to have the id {index}, as the config says, but the tokenizer gives it "
-                    f"{_token_id(tokenizer, token)}: set config.readout_token_id to the tokenizer's length, "
-                    f"{_token_id(tokenizer, readout[0])}."
-                )
-        image_token = tokenizer.added_tokens_decoder.get(config.image_token_id)
-        if image_token is None:
-            raise ValueError(
-                f"Expected an added token for images with the config's id {config.image_token_id}, but the tokenizer "
-                f"has {tokenizer.convert_ids_to_tokens(config.image_token_id)!r} there: set backbone_config's image "
-                "token id to the tokenizer's."
-            )
+        _take_pictures_whole(image_processor)
+        readout = _add_readout_tokens(tokenizer, config)
         template = re.sub(r"(<readout\d+>)*$", "", prompt["template"])  # those of another head
         template = template.replace("{bos}", tokenizer.bos_token or "").replace("{eos}", tokenizer.eos_token or "")
-        prompt |= {
-            "template": template + "".join(readout),
-            "image_token": image_token.content,
-            "image_seq_length": config.num_image_tokens,
-        }
-        return cls(image_processor, tokenizer, statistics, action_config, camera_config, prompt)
+        prompt["template"] = template + readout
+        prompt["image_token"] = _image_token(tokenizer, config, prompt.get("image_token"))
+        if "image_seq_length" not in prompt:
+            prompt["image_seq_length"] = config.num_image_tokens
+        made = cls(image_processor, tokenizer, statistics, action_config, camera_config, prompt)
+        made.check_sizes(config)
+        return made
 
-    def encode_prompts(self, views, texts) -> dict[str, Any]:
+    def check_sizes(self, config: TinyVLAConfig) -> None:
+        """Check that a model predicts the actions and takes the states that the statistics are of.
+
+        Args:
+            config ([`TinyVLAConfig`]): the model's.
+
+        Raises:
+            ValueError: it does not.
+        """
+        codec = self.action_codec
+        sizes = [("a chunk_size", codec.chunk_size, config.chunk_size)]
+        for key in codec.keys:
+            state_dim = codec.state_normalizer(key).action_dim if codec.takes_state else None
+            sizes += [
+                (f"an action_dim of {key!r}", codec.normalizer(key).action_dim, config.action_dim),
+                (f"a state_dim of {key!r}", state_dim, config.state_dim),
+            ]
+        for name, size, expected in sizes:
+            if size != expected:
+                raise ValueError(
+                    f"Expected {name} of {expected}, as the config says, got {size} in action_config and statistics."
+                )
+
+    def encode_prompts(self, views: list[list[tuple[Image.Image, bool]]], texts: list[str]) -> dict[str, np.ndarray]:
         """Fill the template; whatever the image processor returns is handed on.
 
         Nothing attends to the image tokens of a missing camera.
+
+        Args:
+            views (`list[list[tuple]]`): for each sample and camera an RGB picture and whether it is there.
+            texts (`list[str]`): instructions.
+
+        Returns:
+            `dict[str, np.ndarray]`: `input_ids` and `attention_mask` `(batch_size, L)`, padded on the right, beside
+            `pixel_values` and whatever else the image processor makes.
+
+        Raises:
+            ValueError: an instruction is no text or holds control tokens, or an image's tokens cannot be counted.
         """
         pictures = [[image for image, _ in sample] for sample in views]
-        data = dict(self.image_processor(pictures, return_tensors="pt"))
+        data = dict(self.image_processor(pictures, return_tensors="np"))
+        data = {name: value for name, value in data.items() if name not in TILE_COUNTS}
         lengths = iter(self._image_lengths(sum(map(len, views)), data.get("image_grid_thw")))
         prompt, rows, masks = self.prompt_config, [], []
         for text, sample in zip(texts, views, strict=True):
@@ -193,7 +217,55 @@ class TinyVLAProcessor(ContinuousActionProcessor):
         length = self.prompt_config["image_seq_length"]
         if length is not None:
             return [length] * num_images
+        if image_grid_thw is None:
+            raise ValueError(
+                f"{type(self.image_processor).__name__} does not tell how many tokens an image takes: give "
+                "prompt_config['image_seq_length']."
+            )
         return (image_grid_thw.prod(-1) // self.image_processor.merge_size**2).tolist()
+
+
+def _known_prompt(config: TinyVLAConfig) -> dict[str, str]:
+    model_type = config.backbone_config.model_type
+    pythia = config.get_text_config().model_type == "gpt_neox"
+    return PROMPTS.get(model_type, {}) if pythia or model_type != "llava" else {}
+
+
+def _add_readout_tokens(tokenizer, config: TinyVLAConfig) -> str:
+    readout = [f"<readout{index:03d}>" for index in range(config.num_readout_tokens)]
+    tokenizer.add_tokens(readout, special_tokens=True)
+    for token, index in zip(readout, config.readout_token_ids, strict=True):
+        if token_id(tokenizer, token) != index:
+            raise ValueError(
+                f"Expected {token} to have the id {index}, as the config says, but the tokenizer gives it "
+                f"{token_id(tokenizer, token)}: set config.readout_token_id to the tokenizer's length, "
+                f"{token_id(tokenizer, readout[0])}."
+            )
+    return "".join(readout)
+
+
+def _image_token(tokenizer, config: TinyVLAConfig, wanted: str | None) -> str:
+    token = tokenizer.added_tokens_decoder.get(config.image_token_id)
+    if token is None:
+        raise ValueError(
+            f"Expected an added token for images with the config's id {config.image_token_id}, but the tokenizer has "
+            f"{tokenizer.convert_ids_to_tokens(config.image_token_id)!r} there: set backbone_config's image token id "
+            "to the tokenizer's."
+        )
+    if wanted not in (None, token.content):
+        raise ValueError(
+            f"Expected the image token {token.content!r} in prompt_config, whose id is the config's, got {wanted!r}."
+        )
+    return token.content
+
+
+def _take_pictures_whole(image_processor) -> None:
+    """One camera, one picture, which is not enlarged for pieces that nobody cuts."""
+    if getattr(image_processor, "do_image_splitting", False) and hasattr(image_processor, "max_image_size"):
+        image_processor.size = image_processor.max_image_size
+    for name in TILINGS:
+        if hasattr(image_processor, name):
+            setattr(image_processor, name, False)
 
 
 def _check_prompt(prompt: Any) -> None:
@@ -206,8 +278,12 @@ def _check_prompt(prompt: Any) -> None:
             raise ValueError(f"Expected {field} once in prompt_config['template'], got {prompt['template']!r}.")
 
 
-def _token_id(tokenizer, token: str) -> int:
-    index = tokenizer.convert_tokens_to_ids(token)
-    if index is None or index == tokenizer.unk_token_id:
-        raise ValueError(f"The tokenizer has no token {token!r}.")
-    return index
+def _check_tokens(prompt: dict[str, Any], tokenizer) -> None:
+    for name in ("template", "image_prefix", "image_suffix"):
+        for token in re.findall(r"<[^<>\s]+>", prompt.get(name, "")):
+            ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+            if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+                raise ValueError(
+                    f"Expected {token} of prompt_config[{name!r}] to be one token, but the tokenizer does not know "
+                    "it: is the prompt that of another model?"
+                )

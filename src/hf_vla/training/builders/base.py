@@ -60,10 +60,10 @@ def dataset_facts(data: DataArguments, dataset: LeRobotEpisodes, train_set: Subs
     }
     state_spec = None
     if data.state is not None:
-        state_spec = StateSpec(_names(dataset, schema.STATE, "state"), data.state.rotation, data.state.frame)
+        state_spec = StateSpec(column_names(dataset, schema.STATE, "state"), data.state.rotation, data.state.frame)
         entry["state"] = _statistics(dataset.column(schema.STATE)[train_set.indices])
     action = data.action
-    names = _names(dataset, schema.ACTION, "action")
+    names = column_names(dataset, schema.ACTION, "action")
     spec = ActionSpec(names, action.kind, action.rotation, action.frame, float(dataset.fps), action.gripper)
     if spec.gripper is not None:
         _check_gripper(spec.gripper, actions[:, spec.gripper.index])
@@ -72,14 +72,50 @@ def dataset_facts(data: DataArguments, dataset: LeRobotEpisodes, train_set: Subs
 
 
 def camera_spec(camera: CameraArguments, dataset: LeRobotEpisodes) -> CameraSpec:
-    """Camera of the dataset in pixels of its recorded images."""
+    """Camera of the dataset in pixels of its recorded images.
+
+    Raises:
+        ValueError: the dataset does not say where in its shape height and width are, or has not 3 channels.
+    """
     key = camera.name if camera.name in dataset.features else schema.camera_key(camera.name)
-    height, width = dataset.features[key]["shape"][:2]
+    feature = dataset.features[key]
+    axes, shape = feature.get("names") or ("height", "width", "channels"), feature["shape"]
+    sizes = dict(zip(axes, shape, strict=False)) if len(axes) == len(shape) == 3 else {}
+    height, width = (sizes.pop(side, 0) for side in ("height", "width"))
+    if not (height and width and list(sizes.values()) == [3]):
+        raise ValueError(
+            f"{dataset.name}: expected pictures of height, width and 3 channels under {key!r}, came names "
+            f"{feature.get('names')} of shape {list(shape)}: mend names and shape in meta/info.json."
+        )
     intrinsics = camera.intrinsics
     if camera.fovy is not None:
         focal = height / 2 / math.tan(math.radians(camera.fovy) / 2)
         intrinsics = [[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]]
     return CameraSpec(key.removeprefix(schema.IMAGES), width, height, intrinsics)
+
+
+def column_names(dataset: LeRobotEpisodes, key: str, what: str) -> tuple[str, ...]:
+    """Name of each number of a column.
+
+    Args:
+        dataset (`LeRobotEpisodes`): names it in one of the ways that are about, or not at all.
+        key (`str`): the column.
+        what (`str`): "action" or "state"; the recipe's word for it, and `action_0`... where there are no names.
+
+    Raises:
+        ValueError: there is no such column, or its names are not one per number.
+    """
+    if key not in dataset.features:
+        raise ValueError(f"{dataset.name} has no column {key!r}, which data.{what} is about.")
+    feature = dataset.features[key]
+    size = feature["shape"][0]
+    names = _flat(feature.get("names")) or [f"{what}_{index}" for index in range(size)]
+    if not all(isinstance(name, str) for name in names) or not len(names) == len(set(names)) == size:
+        raise ValueError(
+            f"{dataset.name}: expected {size} different names of the column {key!r}, one per number, came "
+            f"{feature.get('names')!r}: mend them in meta/info.json, or set them to null."
+        )
+    return tuple(names)
 
 
 def load_checkpoint(path: str, dtype: str):
@@ -109,6 +145,18 @@ def continuous_dictionaries(
         },
         "camera_config": {facts.unnorm_key: [camera.to_dict() for camera in facts.cameras]},
     }
+
+
+def keep_normalization(dictionaries: dict[str, dict], pretrained) -> None:
+    """Let a checkpoint's weights see numbers normalised as they were in its own training.
+
+    Args:
+        dictionaries (`dict`): see `continuous_dictionaries`; changed in place.
+        pretrained: the checkpoint's processor; a converted one may say nothing.
+    """
+    known, config = pretrained.action_config or {}, dictionaries["action_config"]
+    for name in ("normalization", "state_normalization"):
+        config[name] = config[name] and (known.get(name) or config[name])
 
 
 def config_overrides(arguments: ModelArguments, config_class, given: dict[str, Any]) -> dict[str, Any]:
@@ -152,14 +200,13 @@ def _statistics(values: np.ndarray) -> dict[str, Any]:
     return statistics.to_dict()
 
 
-def _names(dataset: LeRobotEpisodes, key: str, what: str) -> tuple[str, ...]:
-    if key not in dataset.features:
-        raise ValueError(f"{dataset.name} has no column {key!r}, which data.{what} is about.")
-    feature = dataset.features[key]
-    names = feature.get("names") or [f"{what}_{index}" for index in range(feature["shape"][0])]
-    if isinstance(names, dict):  # some datasets group them, {"motors": [...]}
-        names = [name for group in names.values() for name in group]
-    return tuple(names)
+def _flat(names) -> list:
+    """Names as datasets write them: a list, `{"x": 0, "y": 1}`, groups such as `{"motors": [...]}`, lists in lists."""
+    if isinstance(names, dict):
+        if all(place in names.values() for place in range(len(names))):
+            return sorted(names, key=names.get)
+        names = list(names.values())
+    return [name for each in names for name in _flat(each)] if isinstance(names, list) else [names] * bool(names)
 
 
 def _check_gripper(gripper: GripperSpec, values: np.ndarray) -> None:

@@ -10,6 +10,7 @@ from hf_vla.training.builders.base import (
     DatasetFacts,
     config_overrides,
     continuous_dictionaries,
+    keep_normalization,
     load_checkpoint,
     refuse,
 )
@@ -45,12 +46,8 @@ def build_pi0_vla(arguments: ModelArguments, facts: DatasetFacts):
         processor = PI0VLAProcessor.from_scratch(config, **dictionaries)
     else:
         model, pretrained = load_checkpoint(arguments.path, arguments.dtype)
+        keep_normalization(dictionaries, pretrained)
         processor = PI0VLAProcessor(pretrained.image_processor, pretrained.tokenizer, **dictionaries)
         model.config.chunk_size = facts.chunk_size  # nothing in the weights depends on it
-    for what, width, most in (
-        ("actions", len(facts.action_spec.names), model.config.max_action_dim),
-        ("states", len(facts.state_spec.names) if facts.state_spec else 0, model.config.max_state_dim),
-    ):
-        if width > most:
-            raise ValueError(f"This pi0 takes {what} of at most {most} numbers, the dataset's have {width}.")
+    processor.check_sizes(model.config)
     return model, processor

@@ -33,7 +33,10 @@ def build(recipe: Recipe, dataset: LeRobotEpisodes, train_set: Subset):
     if arguments.path is None:
         # An adapter is saved with the name of its base model, and a pretrained VLM with a new head is a new one.
         base = Path(recipe.training.output_dir, "base").resolve()
-        if recipe.training.should_save:
+        if recipe.training.resume_from_checkpoint and (base / "processor_config.json").is_file():
+            # The checkpoint's adapters belong to the head that is there, which another seed would not draw again.
+            model = type(model).from_pretrained(base, dtype=arguments.dtype)
+        elif recipe.training.should_save:
             model.save_pretrained(base)
             processor.save_pretrained(base)
         model.name_or_path = str(base)
@@ -49,13 +52,15 @@ def family(arguments: ModelArguments) -> str:
         ValueError: it is unknown, not the checkpoint's, or the checkpoint is an adapter.
     """
     name = arguments.family
-    if arguments.path is not None:
-        if (Path(arguments.path) / "adapter_config.json").is_file():
+    for source in ("path", "backbone"):
+        folder = getattr(arguments, source)
+        if folder is not None and Path(folder, "adapter_config.json").is_file():
             raise ValueError(
-                f"model.path {arguments.path!r} is an adapter, which a new training would drop: resume its own run, "
-                "or merge it into its base model (PeftModel.merge_and_unload), save that with its processor and name "
-                "it here."
+                f"model.{source} {folder!r} is an adapter, which a new training would drop: resume its own run, or "
+                "merge it into its base model (PeftModel.merge_and_unload), save that with its processor and name it "
+                "here."
             )
+    if arguments.path is not None:
         name = AutoConfig.from_pretrained(arguments.path).model_type
         if arguments.family not in (None, name):
             raise ValueError(

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+from hf_vla.actions.heads.registry import build_action_head
 from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
 from hf_vla.models.tinyvla.modeling_tinyvla import TinyVLAForActionPrediction
 from hf_vla.models.tinyvla.processing_tinyvla import TinyVLAProcessor
@@ -13,6 +14,7 @@ from hf_vla.training.builders.base import (
     DatasetFacts,
     config_overrides,
     continuous_dictionaries,
+    keep_normalization,
     load_checkpoint,
     refuse,
 )
@@ -50,6 +52,7 @@ def build_tinyvla(arguments: ModelArguments, facts: DatasetFacts):
     if arguments.path is not None:
         return _pretrained(arguments, sizes, dictionaries)
     overrides = config_overrides(arguments, TinyVLAConfig, sizes)
+    _check_readout(overrides)
     make = _new if arguments.preset is not None else _new_head
     return make(arguments, overrides, dictionaries)
 
@@ -67,7 +70,12 @@ def _new(arguments: ModelArguments, overrides, dictionaries):
 
 def _new_head(arguments: ModelArguments, overrides, dictionaries):
     """Pretrained vision-language model, or that of a TinyVLA, with an untrained head."""
-    vlm = AutoModel.from_pretrained(arguments.backbone, dtype=arguments.dtype)
+    vlm, info = AutoModel.from_pretrained(arguments.backbone, dtype=arguments.dtype, output_loading_info=True)
+    if wrong := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]):
+        raise ValueError(
+            f"model.backbone {arguments.backbone!r} lacks {len(wrong)} weights of a {type(vlm).__name__}, or has them "
+            f"in another shape, among them {wrong[:5]}; they would be random. Does config.json belong to it?"
+        )
     backbone = vlm.backbone if isinstance(vlm, TinyVLAForActionPrediction) else vlm
     # Its processor as a whole may want more than we have, for videos for example.
     tokenizer = AutoTokenizer.from_pretrained(arguments.backbone)
@@ -79,9 +87,24 @@ def _new_head(arguments: ModelArguments, overrides, dictionaries):
     if size > backbone.get_input_embeddings().num_embeddings:
         backbone.resize_token_embeddings(size, mean_resizing=False)
     config = TinyVLAConfig(**{"backbone_config": backbone.config, "readout_token_id": first, **overrides})
-    model = TinyVLAForActionPrediction(config).to(getattr(torch, arguments.dtype))
+    with torch.device("meta"):  # a second backbone would take time and memory
+        model = TinyVLAForActionPrediction(config)
+    sizes = (config.get_text_config().hidden_size, config.action_dim, config.chunk_size, config.state_dim)
     model.backbone = backbone
+    model.action_head = build_action_head(config.head_config, *sizes).to(getattr(torch, arguments.dtype))
     return model, TinyVLAProcessor.from_backbone(parts, config, **dictionaries)
+
+
+def _check_readout(overrides) -> None:
+    """Say before the training, not in its first step, how many readout tokens a parallel head needs."""
+    head = overrides.get("head_config") or {}
+    needed = overrides["chunk_size"] * head.get("tokens_per_action", 1)
+    if head.get("network") == "parallel" and overrides.get("num_readout_tokens", 0) != needed:
+        raise ValueError(
+            f"A parallel head reads head_config.tokens_per_action {head.get('tokens_per_action', 1)} readout tokens "
+            f"for each of the data.chunk_size {overrides['chunk_size']} actions: set model.config.num_readout_tokens "
+            f"to {needed}, came {overrides.get('num_readout_tokens', 0)}."
+        )
 
 
 def _pretrained(arguments: ModelArguments, sizes, dictionaries):
@@ -93,9 +116,7 @@ def _pretrained(arguments: ModelArguments, sizes, dictionaries):
                 f"The checkpoint {arguments.path!r} has {name} {getattr(model.config, name)}, the recipe's data have "
                 f"{wanted}. To give its vision-language model a new action head, name it as model.backbone."
             )
-    known = pretrained.action_config or {}  # a converted checkpoint may say nothing
-    for name in ("normalization", "state_normalization"):
-        dictionaries["action_config"][name] = known.get(name) or dictionaries["action_config"][name]
+    keep_normalization(dictionaries, pretrained)
     return model, TinyVLAProcessor(
         pretrained.image_processor, pretrained.tokenizer, **dictionaries, prompt_config=pretrained.prompt_config
     )

@@ -1,0 +1,221 @@
+"""Adapters through the trainer: saved, moved, resumed, in two precisions, at two learning rates."""
+
+import json
+import shutil
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor, TrainerCallback
+
+import hf_vla  # noqa: F401
+from hf_vla.policy import Policy
+from hf_vla.training.builders.registry import build
+from hf_vla.training.trainer import VLATrainer, open_dataset, train
+
+# peft asks every model for an attribute that transformers is about to rename.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def tinyvla_run(vlm, small_head, make_recipe, tmp_path_factory):
+    """Adapters of four steps on a pretrained backbone with a new head, a checkpoint every two steps."""
+
+    def recipe(folder, **overrides):
+        options = {
+            "model__backbone": str(vlm),
+            "model__config": small_head,
+            "model__lora": {"r": 4, "alpha": 8},
+            "training__bf16": False,
+        }
+        options |= {"training__dataloader_num_workers": 0, "training__learning_rate": 1e-2}
+        options |= {"training__full_learning_rate": 1e-3, "training__max_steps": 4, "training__save_steps": 2}
+        options |= {"data__chunk_size": 4, "training__per_device_train_batch_size": 2, "data__eval_episodes": []}
+        return make_recipe(folder, "tinyvla_lora", **(options | overrides))
+
+    folder = tmp_path_factory.mktemp("tinyvla_lora")
+    kept = SimpleNamespace(folder=folder, recipe=recipe)
+
+    class Keep(TrainerCallback):
+        def on_train_end(self, args, state, control, model, optimizer, **kwargs):
+            kept.model, kept.groups = model, optimizer.param_groups
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        train(recipe(folder), callbacks=[Keep()])
+    kept.model.eval()
+    return kept
+
+
+def predict(model, processor, item):
+    names = [camera.name for camera in processor.camera_specs()]
+    images = {name: item[f"observation.images.{name}"] for name in names}
+    inputs = processor(images=images, text=item["task"], state=item["observation.state"])
+    return model.predict_action(**inputs, generator=torch.Generator().manual_seed(0)).actions
+
+
+def test_an_adapter_carries_head_projector_and_statistics(tinyvla_run, vlm, demo_item):
+    folder = tinyvla_run.folder
+    processor = AutoProcessor.from_pretrained(folder)
+    assert processor.statistics["robosuite_demos"].keys() >= {"action", "state"}
+    wanted = predict(tinyvla_run.model.get_base_model(), processor, demo_item)
+    loaded = AutoModel.from_pretrained(folder)
+    torch.testing.assert_close(predict(loaded, processor, demo_item), wanted, rtol=0, atol=1e-5)
+    base = AutoModel.from_pretrained(folder / "base")
+    assert (predict(base, processor, demo_item) - wanted).abs().max() > 1e-2
+
+    chunk = Policy(loaded, processor, seed=0).predict_chunk(demo_item)
+    np.testing.assert_allclose(Policy.from_pretrained(folder, seed=0).predict_chunk(demo_item), chunk, atol=1e-5)
+    before, after = load_file(vlm / "model.safetensors"), load_file(folder / "base" / "model.safetensors")
+    name = "language_model.layers.0.mlp.dense_h_to_4h.weight"
+    (original,) = (value for key, value in before.items() if key.endswith(name.removeprefix("language_model.")))
+    assert torch.equal(after[f"backbone.{name}"], original)  # the pretrained weights went in
+
+
+@pytest.mark.parametrize("name", [".", "checkpoint-2"])
+def test_an_adapter_that_moved_finds_the_base_that_moved_with_it(tinyvla_run, demo_item, tmp_path, name):
+    moved = shutil.copytree(tinyvla_run.folder, tmp_path / "moved")
+    config = json.loads((moved / name / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tinyvla_run.folder / "base")
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (moved / name / "adapter_config.json").write_text(json.dumps(config))
+    wanted = Policy.from_pretrained(tinyvla_run.folder / name, seed=0).predict_chunk(demo_item)
+    assert np.array_equal(Policy.from_pretrained(moved / name, seed=0).predict_chunk(demo_item), wanted)
+    shutil.rmtree(moved / "base")
+    with pytest.raises(OSError, match="gone"):
+        AutoModel.from_pretrained(moved / name)
+
+
+def test_an_adapter_takes_the_base_that_it_names_where_that_is_there(tinyvla_run, demo_item, tmp_path):
+    copy = shutil.copytree(tinyvla_run.folder, tmp_path / "copy")
+    (copy / "base" / "model.safetensors").write_bytes(b"another")
+    wanted = Policy.from_pretrained(tinyvla_run.folder, seed=0).predict_chunk(demo_item)
+    assert np.array_equal(Policy.from_pretrained(copy, seed=0).predict_chunk(demo_item), wanted)
+
+
+def make(recipe):
+    dataset, train_set, _ = open_dataset(recipe.data)
+    return build(recipe, dataset, train_set)
+
+
+def test_resuming_keeps_the_base_that_is_there(tinyvla_run, tmp_path):
+    shutil.copytree(tinyvla_run.folder / "base", tmp_path / "base")
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    torch.manual_seed(7)
+    model, _ = make(tinyvla_run.recipe(tmp_path, training__resume_from_checkpoint=True))
+    after = load_file(tmp_path / "base" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    head = model.get_base_model().action_head.original_module.state_dict()
+    assert all(torch.equal(value, before[f"action_head.{name}"]) for name, value in head.items())
+
+
+def test_one_process_saves_the_base_and_all_know_its_name(tinyvla_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_vla.training.arguments.VLATrainingArguments.should_save", False)
+    model, _ = make(tinyvla_run.recipe(tmp_path))
+    assert not (tmp_path / "base").exists()
+    assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
+
+
+BFLOAT16 = {"model__dtype": "bfloat16", "training__bf16": True, "training__use_cpu": True}
+
+
+@pytest.mark.parametrize("family", ["spatialvla", "tinyvla"])
+def test_what_is_trained_is_float32_on_a_bfloat16_model(
+    family, tinyvla_run, tiny_checkpoint, small_head, make_recipe, tmp_path, demo_item
+):
+    seen = {}
+
+    class Keep(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            seen.update({name: value.clone() for name, value in model.named_parameters() if value.requires_grad})
+
+        def on_train_end(self, args, state, control, model, **kwargs):
+            seen["model"] = model
+
+    options = {**BFLOAT16, "training__save_strategy": "no", "training__max_steps": 2, "data__eval_episodes": [3]}
+    if family == "tinyvla":
+        options["model__config"] = {**small_head, "num_readout_tokens": 2}
+        options |= {"training__learning_rate": 2e-4, "training__full_learning_rate": 2e-5}
+        recipe = tinyvla_run.recipe(tmp_path, **options)
+    else:
+        options |= {"model__preset": None, "model__grid": None, "model__path": str(tiny_checkpoint)}
+        options |= {"model__lora__r": 4, "model__adapt_grid": True, "training__learning_rate": 2e-5}
+        recipe = make_recipe(tmp_path, **options)
+    metrics = train(recipe, callbacks=[Keep()])
+    assert np.isfinite(metrics["eval_action_error"])
+    model = seen.pop("model")
+    assert {value.dtype for value in model.parameters() if not value.requires_grad} == {torch.bfloat16}
+    in_full = {name: value for name, value in model.named_parameters() if name in seen and "lora_" not in name}
+    assert {value.dtype for value in seen.values()} == {torch.float32} and in_full
+    moved = torch.cat([(value != seen[name]).flatten() for name, value in in_full.items() if value.ndim > 1])
+    assert moved.float().mean() > (0.9 if family == "tinyvla" else 0)  # most of a grid's ids are seen in no batch
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = AutoModel.from_pretrained(tmp_path, dtype=dtype)
+        assert {value.dtype for name, value in loaded.named_parameters() if "lora_" not in name} == {dtype}
+        chunk = Policy(loaded, AutoProcessor.from_pretrained(tmp_path), seed=0).predict_chunk(demo_item)
+        assert np.isfinite(chunk).all()
+
+
+def test_merging_a_trained_tinyvla_changes_nothing(tinyvla_run, demo_item, tmp_path):
+    processor = AutoProcessor.from_pretrained(tinyvla_run.folder)
+    base = AutoModel.from_pretrained(tinyvla_run.folder / "base")
+    adapted = PeftModel.from_pretrained(base, tinyvla_run.folder).eval()
+    before = predict(adapted.get_base_model(), processor, demo_item)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(predict(merged, processor, demo_item), before, rtol=0, atol=1e-4)
+    merged.save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        predict(AutoModel.from_pretrained(tmp_path), processor, demo_item), before, rtol=0, atol=1e-4
+    )
+
+
+def test_adapters_and_what_is_trained_in_full_have_their_own_learning_rates(tinyvla_run):
+    names = {id(parameter): name for name, parameter in tinyvla_run.model.named_parameters()}
+    seen = []
+    for group in tinyvla_run.groups:
+        members = [names[id(parameter)] for parameter in group["params"]]
+        assert {"lora_" in name for name in members} == {group["initial_lr"] == 1e-2}
+        assert group["initial_lr"] in (1e-2, 1e-3)
+        seen += members
+    assert sorted(seen) == sorted(
+        name for name, parameter in tinyvla_run.model.named_parameters() if parameter.requires_grad
+    )
+    assert any("action_head" in name for name in seen) and any("projector" in name for name in seen)
+
+
+def test_weight_decay_spares_biases_and_norms_at_both_rates(tinyvla_run):
+    trainer = VLATrainer(
+        model=tinyvla_run.model,
+        args=tinyvla_run.recipe(tinyvla_run.folder / "unused", training__weight_decay=0.1).training,
+    )
+    names = {id(parameter): name for name, parameter in tinyvla_run.model.named_parameters()}
+    groups = trainer.create_optimizer().param_groups
+    assert trainer.create_optimizer().param_groups is groups  # a second call changes nothing
+    assert sorted((group["lr"], group["weight_decay"]) for group in groups) == [(1e-3, 0.0), (1e-3, 0.1), (1e-2, 0.1)]
+    for group in groups:
+        assert all(names[id(each)].endswith("bias") or each.ndim == 1 for each in group["params"]) == (
+            group["weight_decay"] == 0.0
+        )
+
+
+def test_resuming_keeps_both_learning_rates(tinyvla_run, tmp_path):
+    checkpoint = str(tinyvla_run.folder / "checkpoint-2")
+    train(tinyvla_run.recipe(tmp_path, training__resume_from_checkpoint=checkpoint, training__save_strategy="no"))
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (tinyvla_run.folder, tmp_path))
+    assert first.keys() == second.keys() and any("action_head" in name for name in first)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_a_learning_rate_without_adapters_is_an_error(make_recipe, tmp_path):
+    with pytest.raises(ValueError, match="training.full_learning_rate is that of what is trained beside adapters"):
+        train(make_recipe(tmp_path, training__full_learning_rate=1e-4))
+
+
+def test_a_learning_rate_for_nothing_is_an_error(tiny_checkpoint, make_recipe, tmp_path):
+    options = {"model__preset": None, "model__grid": None, "model__path": str(tiny_checkpoint), "model__lora__r": 4}
+    with pytest.raises(ValueError, match="this run trains nothing beside them: leave it out"):
+        train(make_recipe(tmp_path, **options, training__full_learning_rate=1e-4))
