@@ -61,6 +61,8 @@ class ModelArguments:
         path (`str`, *optional*): folder or Hub name of a checkpoint of this library.
         backbone (`str`, *optional*): folder or Hub name of a vision-language model that gets a new action head, in
             families that take any.
+        prompt_config (`dict`, *optional*): with `backbone`, entries of the prompt that replace those known for it, see
+            [`~hf_vla.models.tinyvla.processing_tinyvla.TinyVLAProcessor`].
         config (`dict`, *optional*): fields of the family's configuration that replace a new model's own.
         dtype (`str`): of the weights, "float32" or, with `lora`, whose adapters stay float32, "bfloat16".
         grid (`GridArguments`, *optional*): SpatialVLA's grid to fit, for a preset or with `adapt_grid`.
@@ -72,6 +74,7 @@ class ModelArguments:
     preset: str | None = None
     path: str | None = None
     backbone: str | None = None
+    prompt_config: dict[str, Any] | None = None
     config: dict[str, Any] | None = None
     dtype: str = "float32"
     grid: GridArguments | None = None
@@ -85,6 +88,8 @@ class ModelArguments:
         if sum(source is not None for source in sources.values()) != 1:
             came = ", ".join(f"{name}={source!r}" for name, source in sources.items())
             raise ValueError(f"Expected one of model.preset, model.path and model.backbone, came {came}.")
+        if self.prompt_config and self.backbone is None:
+            raise ValueError("model.prompt_config is the prompt of a model.backbone: leave it out, or name that.")
         if self.path is None and self.family is None:
             raise ValueError("A new model is of a family: give model.family, such as spatialvla or tinyvla.")
         if self.preset is not None and (self.adapt_grid or self.lora is not None):

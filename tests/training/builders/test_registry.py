@@ -169,6 +169,21 @@ def test_a_pretrained_backbone_is_built_once(vlm, small_head, make_recipe, tmp_p
     assert devices == ["meta"] and {each.device.type for each in model.state_dict().values()} == {"cpu"}
 
 
+def test_a_tinyvla_keeps_its_prompt_under_a_new_head(tinyvla, make_recipe, tmp_path):
+    overrides = {"model__preset": None, "model__config": None, "model__backbone": str(tinyvla)}
+    _, processor = make(make_recipe(tmp_path, "tinyvla_tiny", **overrides))
+    assert processor.prompt_config == AutoProcessor.from_pretrained(tinyvla).prompt_config
+
+
+def test_a_recipe_may_give_the_prompt_of_its_backbone(vlm, make_recipe, tmp_path):
+    prompt = {"template": "{images} Now {instruction}!"}
+    overrides = {"model__preset": None, "model__config": None, "model__prompt_config": prompt}
+    _, processor = make(make_recipe(tmp_path, "tinyvla_tiny", **overrides, model__backbone=str(vlm)))
+    assert processor.prompt_config["template"] == prompt["template"]
+    with pytest.raises(ValueError, match="model.prompt_config is the prompt of a model.backbone"):
+        make_recipe(tmp_path, "tinyvla_tiny", model__prompt_config=prompt)
+
+
 @pytest.mark.parametrize("source", ["vlm", "tinyvla"])
 def test_a_new_head_on_a_pretrained_backbone(source, tinyvla, make_recipe, tmp_path, demo_item, request):
     folder = request.getfixturevalue(source)

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import torch
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
 from hf_vla.actions.heads.registry import build_action_head
 from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
@@ -76,13 +76,17 @@ def _new_head(arguments: ModelArguments, overrides, dictionaries):
             f"model.backbone {arguments.backbone!r} lacks {len(wrong)} weights of a {type(vlm).__name__}, or has them "
             f"in another shape, among them {wrong[:5]}; they would be random. Does config.json belong to it?"
         )
-    backbone = vlm.backbone if isinstance(vlm, TinyVLAForActionPrediction) else vlm
-    # Its processor as a whole may want more than we have, for videos for example.
-    tokenizer = AutoTokenizer.from_pretrained(arguments.backbone)
-    parts = SimpleNamespace(
-        tokenizer=tokenizer, image_processor=AutoImageProcessor.from_pretrained(arguments.backbone)
-    )
-    first = tokenizer.get_vocab().get("<readout000>", len(tokenizer))
+    if isinstance(vlm, TinyVLAForActionPrediction):
+        backbone, parts = vlm.backbone, AutoProcessor.from_pretrained(arguments.backbone)
+    else:  # its processor as a whole may want more than we have, for videos for example
+        backbone, parts = (
+            vlm,
+            SimpleNamespace(
+                tokenizer=AutoTokenizer.from_pretrained(arguments.backbone),
+                image_processor=AutoImageProcessor.from_pretrained(arguments.backbone),
+            ),
+        )
+    first = parts.tokenizer.get_vocab().get("<readout000>", len(parts.tokenizer))
     size = first + overrides.get("num_readout_tokens", 0)
     if size > backbone.get_input_embeddings().num_embeddings:
         backbone.resize_token_embeddings(size, mean_resizing=False)
@@ -92,7 +96,7 @@ def _new_head(arguments: ModelArguments, overrides, dictionaries):
     sizes = (config.get_text_config().hidden_size, config.action_dim, config.chunk_size, config.state_dim)
     model.backbone = backbone
     model.action_head = build_action_head(config.head_config, *sizes).to(getattr(torch, arguments.dtype))
-    return model, TinyVLAProcessor.from_backbone(parts, config, **dictionaries)
+    return model, TinyVLAProcessor.from_backbone(parts, config, **dictionaries, prompt_config=arguments.prompt_config)
 
 
 def _check_readout(overrides) -> None:
