@@ -67,6 +67,18 @@ def test_padding_and_batch_mates_change_nothing(system, pictures, chunks):
     torch.testing.assert_close(model(**inputs, **targets).loss, torch.stack(losses).mean(), rtol=1e-6, atol=0)
 
 
+def test_padding_in_front_is_as_padding_behind(system, pictures):
+    model = system.model.double()
+    inputs = double(prompts(system, pictures))
+    wanted = model.predict_action(**inputs).actions
+    lengths = inputs["attention_mask"].cumsum(-1).argmax(-1) + 1
+    assert lengths.min() < lengths.max() == inputs["input_ids"].shape[1]
+    shifts = (lengths.max() - lengths).tolist()
+    for name in ("input_ids", "attention_mask"):
+        inputs[name] = torch.stack([row.roll(shift) for row, shift in zip(inputs[name], shifts, strict=True)])
+    torch.testing.assert_close(model.predict_action(**inputs).actions, wanted, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("missing", ["front", "wrist"])
 def test_nothing_sees_a_missing_camera(system, pictures, missing):
     model = system.model.double()

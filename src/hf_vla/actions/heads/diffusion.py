@@ -2,12 +2,15 @@
 
 import inspect
 import json
+import logging
 from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 
 from hf_vla.actions.heads.base import DenoisingHead, check_finite, draw
+
+logger = logging.getLogger(__name__)
 
 # of the published TinyVLA: ten steps are the times 90, 80, ... 0
 SCHEDULER = {
@@ -28,11 +31,12 @@ class DiffusionHead(DenoisingHead):
     Schedule, noise and chunk are float32 whatever the denoiser's precision.
 
     Args:
-        scheduler (`dict`, *optional*): configuration of a diffusers scheduler, `_class_name` its class; what it leaves
-            out is as diffusers has it. `prediction_type` is what the denoiser learns: `"epsilon"` (the noise),
-            `"sample"` (the actions) or `"v_prediction"`. None: the published DDIM of 100 training steps. With
-            `"epsilon"` the first step multiplies the network's error by the noise over the signal: where the schedule
-            ends in pure noise and the scheduler clips nothing (DPM-Solver++, Euler, UniPC), take another.
+        scheduler (`dict`, *optional*): configuration of a diffusers scheduler as it is saved, `_class_name` its class
+            (a scheduler's own `config` lacks that); what it leaves out is as diffusers has it. `prediction_type` is
+            what the denoiser learns: `"epsilon"` (the noise), `"sample"` (the actions) or `"v_prediction"`. None: the
+            published DDIM of 100 training steps. With `"epsilon"` the first step multiplies the network's error by the
+            noise over the signal: where the schedule ends in pure noise and the scheduler clips nothing (DPM-Solver++,
+            Euler, UniPC), take another.
         others: see [`~hf_vla.actions.heads.base.DenoisingHead`].
 
     Raises:
@@ -181,11 +185,15 @@ def make_scheduler(config: dict[str, Any], steps: int) -> Any:
             raise ValueError(f"{name} cannot take {steps} steps with {options}: {error}") from error
     first = min(max(int(scheduler.timesteps[0]), 0), last)
     share = scheduler.alphas_cumprod[first].item()
-    if share > 0.3:
+    if share > 0.5:
         raise ValueError(
             f"Expected a first denoising time at which a chunk is noise, as the sample is; {name} with {steps} steps "
             f"begins at {first} of {last}, where the actions still have {share:.0%} of the variance: set "
             "timestep_spacing: trailing, or choose another number of steps (or betas that end in noise)."
+        )
+    if scheduler.config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"{name} with use_flow_sigmas samples as flow matching, which is a head of its own: set false."
         )
     return scheduler
 
@@ -194,9 +202,10 @@ def make_scheduler(config: dict[str, Any], steps: int) -> Any:
 def check_scheduler(config: str, steps: int) -> None:
     """Try a scheduler once with an ideal network, whose only data is the action 0.3.
 
-    What the network sees at a time must be as noisy as in training, and the sampling must end at 0.3. Tolerances: 0.17
-    in the standard deviation (beginning where a chunk holds 30 % of the actions is 0.16 off; flow matching's times in
-    place of diffusion's are 0.2 off), 0.05 at the end (some schedulers stop at the first training time, usually 0.02).
+    What the network sees at a time must be as noisy as in training, and the sampling must end at 0.3. Tolerances: 0.35
+    in the standard deviation (beginning where a chunk holds half of the actions' variance is 0.32 off), with a warning
+    from 0.17 (30 %) on, since real networks suffer from it; 0.05 at the end (some schedulers stop at the first
+    training time, usually 0.02).
 
     Args:
         config (`str`): the scheduler's configuration, JSON.
@@ -215,12 +224,20 @@ def check_scheduler(config: str, steps: int) -> None:
             f"{options['_class_name']} fails in {steps} denoising steps with {options}: {error!r}; choose other "
             "options, another number of steps or another scheduler."
         ) from error
-    if not (off < 0.17 and miss < 0.05):  # NaN, too
+    if not (off < 0.35 and miss < 0.05):  # NaN, too
         raise ValueError(
             f"Expected a scheduler that leads from noise to the actions; in {steps} denoising steps with {options} an "
             f"ideal network sees {off:.2g} more or less noise than in training, and the sample ends {miss:.2g} beside "
             "the actions: choose other options, another number of steps (a small divisor of num_train_timesteps) or "
             "another scheduler."
+        )
+    if off > 0.17:
+        logger.warning(
+            "%s in %d denoising steps shows the network %.2g more or less noise than in training: its actions will be "
+            "inexact. More steps, timestep_spacing: trailing or betas that end in noise avoid it.",
+            options["_class_name"],
+            steps,
+            off,
         )
 
 

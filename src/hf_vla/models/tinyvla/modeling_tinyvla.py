@@ -76,7 +76,8 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
         """Run the backbone.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): from the processor, right-padded.
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): from the processor, padded on the
+                right, or on the left where the backbone takes `position_ids`.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 where a token is real, 0 where
                 it is padding or belongs to a missing camera.
             pixel_values (`torch.FloatTensor`): as the backbone takes them.
@@ -87,8 +88,8 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
             real. L is the sequence length, or the number of readout tokens where the config has any.
 
         Raises:
-            ValueError: a prompt is padded on the left, too long or has not all of the readout tokens, or the backbone
-                knows no input of that name.
+            ValueError: a prompt is too long or has not all of the readout tokens, or is padded in front and the
+                backbone counts positions itself, or the backbone knows no input of that name.
         """
         backbone_inputs = self.check_inputs("encode", backbone_inputs, self._backbone_inputs)
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
@@ -100,9 +101,7 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         mask, is_image = attention_mask.bool(), input_ids == self.config.image_token_id
-        if (~mask & ~is_image)[:, 0].any():
-            raise ValueError("Expected prompts padded on the right, got padding at the beginning of a prompt.")
-        inputs = {**self._token_types(input_ids, is_image, backbone_inputs), **backbone_inputs}
+        inputs = {**self._token_types(input_ids, mask, is_image, backbone_inputs), **backbone_inputs}
         outputs = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=False, **inputs
         )
@@ -118,9 +117,9 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
         features = features[is_readout].unflatten(0, (len(features), len(readout)))
         return features, mask.new_ones(features.shape[:2])
 
-    def _token_types(self, input_ids, is_image, backbone_inputs) -> dict[str, torch.Tensor]:
+    def _token_types(self, input_ids, mask, is_image, backbone_inputs) -> dict[str, torch.Tensor]:
         """What some backbones want to know of the tokens beside their ids."""
-        inputs = {}
+        inputs, in_prompt = {}, mask | is_image  # a missing camera keeps its place
         if "token_type_ids" in self._backbone_inputs:
             # PaliGemma: 0 is the prompt, which attends to itself in both directions; others: 1 is an image.
             prefix = self.config.backbone_config.model_type == "paligemma"
@@ -130,8 +129,16 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
         if "image_grid_thw" in backbone_inputs and hasattr(self.backbone, "get_rope_index"):
             # Left to itself, the backbone would drop the tokens of a missing camera, but not the camera's grid.
             inputs["position_ids"], _ = self.backbone.get_rope_index(
-                input_ids, is_image.int(), image_grid_thw=backbone_inputs["image_grid_thw"]
+                input_ids,
+                is_image.int(),
+                image_grid_thw=backbone_inputs["image_grid_thw"],
+                attention_mask=in_prompt.long(),
             )
+        elif not in_prompt[:, 0].all():
+            if "position_ids" not in self._backbone_inputs:
+                raise ValueError("Expected prompts padded on the right, got padding at the beginning of a prompt.")
+            first = 1 if self.config.backbone_config.model_type == "paligemma" else 0
+            inputs["position_ids"] = (in_prompt.long().cumsum(-1) - 1).clamp(min=0) + first
         return inputs
 
     def forward(

@@ -68,6 +68,13 @@ def test_weights_have_the_published_names(published):
     assert not list(published.head.denoiser.buffers())
 
 
+@pytest.mark.parametrize("n_groups", [4, 16])
+def test_the_last_norm_has_eight_groups_whatever_the_others_have(n_groups):
+    unet = build(down_dims=(32, 64), n_groups=n_groups)
+    norms = {name: module.num_groups for name, module in unet.named_modules() if isinstance(module, nn.GroupNorm)}
+    assert norms.pop("final_conv.0.block.1") == 8 and set(norms.values()) == {n_groups}
+
+
 def test_the_full_size_has_the_published_number_of_weights():
     with torch.device("meta"):
         unet = ConditionalUnet1D(10, 16, 2048)
@@ -224,7 +231,8 @@ def test_it_is_one_graph_to_the_compiler(batch_size):
     ("options", "message"),
     [
         ({"down_dims": ()}, r"down_dims .*came \[\], 4 and 5"),
-        ({"down_dims": (16, 30)}, r"multiples of n_groups .*came \[16, 30\]"),
+        ({"down_dims": (16, 30)}, r"multiples of n_groups, .*came \[16, 30\]"),
+        ({"down_dims": (12, 16)}, r"the first of 8 too, .*came \[12, 16\]"),
         ({"kernel_size": 4}, "odd kernel_size, came .*4 and 4"),
         ({"diffusion_step_embed_dim": 7}, "even diffusion_step_embed_dim .*came 7"),
         ({"timestep_embedding_dtype": "float16"}, r"in \['float32', 'bfloat16'\], came 8 and 'float16'"),

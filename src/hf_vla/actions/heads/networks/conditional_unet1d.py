@@ -11,6 +11,7 @@ from hf_vla.actions.heads.networks.base import DTYPES, Denoiser
 from hf_vla.actions.heads.networks.condition import Condition
 
 # scripts/benchmark_heads.py: up to here, on a CPU, a matrix product is as fast as torch's convolution, or faster
+FINAL_GROUPS = 8  # of the last block's norm, whatever n_groups is, as published
 MAX_ROWS = 16
 
 
@@ -27,7 +28,7 @@ class ConditionalUnet1D(Denoiser):
         down_dims (`list[int]`): channels of each level.
         diffusion_step_embed_dim (`int`): size of the embedded time, even.
         kernel_size (`int`): of the blocks' convolutions, odd.
-        n_groups (`int`): of the group norms; divides every level's channels.
+        n_groups (`int`): of the blocks' group norms; divides every level's channels. The last norm has 8.
         timestep_embedding_dtype (`str`): precision in which sines and cosines of the time are computed. `"bfloat16"`
             for weights that the published code has trained: it computes them so, whatever the network's precision.
 
@@ -53,10 +54,13 @@ class ConditionalUnet1D(Denoiser):
         timestep_embedding_dtype: str = "float32",
     ):
         super().__init__()
-        if not down_dims or kernel_size % 2 == 0 or any(channels % n_groups for channels in down_dims):
+        indivisible = [channels for channels in down_dims if channels % n_groups] + [
+            channels for channels in down_dims[:1] if channels % FINAL_GROUPS
+        ]
+        if not down_dims or kernel_size % 2 == 0 or indivisible:
             raise ValueError(
-                f"Expected down_dims that are multiples of n_groups and an odd kernel_size, came {list(down_dims)}, "
-                f"{n_groups} and {kernel_size}."
+                f"Expected down_dims that are multiples of n_groups, the first of {FINAL_GROUPS} too, and an odd "
+                f"kernel_size, came {list(down_dims)}, {n_groups} and {kernel_size}."
             )
         if diffusion_step_embed_dim < 4 or diffusion_step_embed_dim % 2 or timestep_embedding_dtype not in DTYPES:
             raise ValueError(
@@ -82,7 +86,7 @@ class ConditionalUnet1D(Denoiser):
             for low, high in levels[:0:-1]
         )
         self.final_conv = nn.Sequential(
-            ConvBlock(down_dims[0], down_dims[0], kernel_size, n_groups), Conv1d(down_dims[0], action_dim, 1)
+            ConvBlock(down_dims[0], down_dims[0], kernel_size, FINAL_GROUPS), Conv1d(down_dims[0], action_dim, 1)
         )
         self.reset_parameters()
 
