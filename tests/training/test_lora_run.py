@@ -81,20 +81,24 @@ def test_an_adapter_that_moved_finds_the_base_that_moved_with_it(tinyvla_run, de
     moved = shutil.copytree(tinyvla_run.folder, tmp_path / "moved")
     config = json.loads((moved / name / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tinyvla_run.folder / "base")
-    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    config["base_model_name_or_path"] = str(tmp_path / "gone" / "base")
     (moved / name / "adapter_config.json").write_text(json.dumps(config))
     wanted = Policy.from_pretrained(tinyvla_run.folder / name, seed=0).predict_chunk(demo_item)
     assert np.array_equal(Policy.from_pretrained(moved / name, seed=0).predict_chunk(demo_item), wanted)
     shutil.rmtree(moved / "base")
-    with pytest.raises(OSError, match="gone"):
+    with pytest.raises(ValueError, match="is an adapter of .*gone.*, which is not there: put it back, lay it in"):
         AutoModel.from_pretrained(moved / name)
 
 
-def test_an_adapter_takes_the_base_that_it_names_where_that_is_there(tinyvla_run, demo_item, tmp_path):
-    copy = shutil.copytree(tinyvla_run.folder, tmp_path / "copy")
-    (copy / "base" / "model.safetensors").write_bytes(b"another")
+def test_an_adapter_takes_its_own_base_and_not_what_lies_where_it_was(tinyvla_run, demo_item, tmp_path):
+    moved = shutil.copytree(tinyvla_run.folder, tmp_path / "moved")
+    other = shutil.copytree(tinyvla_run.folder / "base", tmp_path / "other" / "base")
+    (other / "model.safetensors").write_bytes(b"another run's")
+    config = json.loads((moved / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(other)
+    (moved / "adapter_config.json").write_text(json.dumps(config))
     wanted = Policy.from_pretrained(tinyvla_run.folder, seed=0).predict_chunk(demo_item)
-    assert np.array_equal(Policy.from_pretrained(copy, seed=0).predict_chunk(demo_item), wanted)
+    assert np.array_equal(Policy.from_pretrained(moved, seed=0).predict_chunk(demo_item), wanted)
 
 
 def make(recipe):

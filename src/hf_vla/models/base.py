@@ -28,10 +28,11 @@ class VLAPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         """Load a checkpoint; arguments and result are those of [`~transformers.PreTrainedModel.from_pretrained`].
 
-        The base model of an adapter is looked for where it was, then in the folder `base` that moved with the adapter.
+        The base model of an adapter is the folder `base` that was saved with it, or is looked for where it was.
 
         Raises:
-            ValueError: the checkpoint lacks weights of the model, or holds them in another shape.
+            ValueError: the checkpoint lacks weights of the model, or holds them in another shape, or an adapter's base
+                model is nowhere.
         """
         if (base := _base_of_adapter(Path(str(pretrained_model_name_or_path)))) is not None:
             adapter = {"_adapter_model_path": str(pretrained_model_name_or_path)}
@@ -86,10 +87,18 @@ def _base_of_adapter(folder: Path) -> str | None:
     if not adapter.is_file() or any(folder.glob("model*.safetensors*")):
         return None
     recorded = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    if recorded and (not Path(recorded).is_absolute() or Path(recorded).is_dir()):
+    if not Path(recorded).is_absolute():
         return recorded
     beside = [folder / "base"] + [folder.parent / "base"] * folder.name.startswith("checkpoint-")
-    return next((str(base) for base in beside if (base / "config.json").is_file()), recorded)
+    # A base that was saved with its adapters moves with them, and another run's may lie where it was.
+    places = [*beside, Path(recorded)] if Path(recorded).name == "base" else [Path(recorded), *beside]
+    for base in places:
+        if (base / "config.json").is_file():
+            return str(base)
+    raise ValueError(
+        f"{str(folder)!r} is an adapter of {recorded!r}, which is not there: put it back, lay it in {beside[0]}, or "
+        "correct base_model_name_or_path in adapter_config.json."
+    )
 
 
 def _set_dtype_of_parts(config: PreTrainedConfig, dtype: torch.dtype) -> None:

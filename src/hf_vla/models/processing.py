@@ -130,8 +130,10 @@ class ContinuousActionProcessor(ProcessorMixin):
         Raises:
             ValueError: there are no predicted actions in it, or the statistics are not known.
         """
-        if output.actions is None:
-            raise ValueError("Expected an output of predict_action, got a VLAOutput without `actions`.")
+        if getattr(output, "actions", None) is None:
+            raise ValueError(
+                f"Expected the output of predict_action, got a {type(output).__name__} without `actions`."
+            )
         return decode_predictions(self.action_codec, as_numpy(output.actions), unnorm_key)
 
     def camera_specs(self, unnorm_key: str | None = None) -> tuple[CameraSpec, ...]:

@@ -169,6 +169,12 @@ def test_a_pretrained_backbone_is_built_once(vlm, small_head, make_recipe, tmp_p
     assert devices == ["meta"] and {each.device.type for each in model.state_dict().values()} == {"cpu"}
 
 
+def test_another_family_is_no_backbone(tiny_checkpoint, make_recipe, tmp_path):
+    overrides = {"model__preset": None, "model__config": None, "model__backbone": str(tiny_checkpoint)}
+    with pytest.raises(ValueError, match="model.backbone .* is a spatialvla: give a vision-language model"):
+        make(make_recipe(tmp_path, "tinyvla_tiny", **overrides))
+
+
 def test_a_tinyvla_keeps_its_prompt_under_a_new_head(tinyvla, make_recipe, tmp_path):
     overrides = {"model__preset": None, "model__config": None, "model__backbone": str(tinyvla)}
     _, processor = make(make_recipe(tmp_path, "tinyvla_tiny", **overrides))

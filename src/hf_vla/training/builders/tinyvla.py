@@ -6,6 +6,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
 from hf_vla.actions.heads.registry import build_action_head
+from hf_vla.models.base import VLAPreTrainedModel
 from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
 from hf_vla.models.tinyvla.modeling_tinyvla import TinyVLAForActionPrediction
 from hf_vla.models.tinyvla.processing_tinyvla import TinyVLAProcessor
@@ -75,6 +76,11 @@ def _new_head(arguments: ModelArguments, overrides, dictionaries):
         raise ValueError(
             f"model.backbone {arguments.backbone!r} lacks {len(wrong)} weights of a {type(vlm).__name__}, or has them "
             f"in another shape, among them {wrong[:5]}; they would be random. Does config.json belong to it?"
+        )
+    if isinstance(vlm, VLAPreTrainedModel) and not isinstance(vlm, TinyVLAForActionPrediction):
+        raise ValueError(
+            f"model.backbone {arguments.backbone!r} is a {vlm.config.model_type}: give a vision-language model of "
+            "transformers, or a tinyvla."
         )
     if isinstance(vlm, TinyVLAForActionPrediction):
         backbone, parts = vlm.backbone, AutoProcessor.from_pretrained(arguments.backbone)
