@@ -350,8 +350,9 @@ def test_guidance_moves_away_from_the_null_prediction():
     scheduler = TRAILING | {"prediction_type": "sample", "clip_sample": False}
     options = {"scheduler": scheduler, "condition_dropout": 0.1, "num_inference_steps": 1}
     noise = torch.randn(3, CHUNK, ACTIONS, generator=seeded())
-    plain, guided = build(**options), build(guidance_scale=3.0, **options)
-    null = build(**options)
+    # in double precision: the sizes of the two batches round differently in single, and guidance triples that
+    plain, guided = build(**options).double(), build(guidance_scale=3.0, **options).double()
+    null = build(**options).double()
     for head in (plain, guided, null):
         torch.nn.init.normal_(head.null_condition, generator=seeded(5))
     null.condition_encoder.forward = lambda *inputs: null.drop_condition(
@@ -360,7 +361,7 @@ def test_guidance_moves_away_from_the_null_prediction():
     with_condition, with_null = (head.sample(**observe(), noise=noise) for head in (plain, null))
     assert (with_condition - with_null).abs().max() > 1e-4
     expected = with_null + 3 * (with_condition - with_null)
-    torch.testing.assert_close(guided.sample(**observe(), noise=noise), expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(guided.sample(**observe(), noise=noise), expected, rtol=0, atol=1e-6)
 
 
 def test_a_scheduler_may_be_given_as_diffusers_saves_it():
