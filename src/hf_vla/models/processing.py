@@ -28,6 +28,8 @@ class ContinuousActionProcessor(ProcessorMixin):
         chat_template (`str`, *optional*): unused, kept for `ProcessorMixin`.
     """
 
+    takes_reasoning = False
+
     def __init__(
         self,
         image_processor=None,
@@ -85,7 +87,9 @@ class ContinuousActionProcessor(ProcessorMixin):
             actions (`(T, D)` or `(batch_size, T, D)`, *optional*): targets in robot units.
             action_mask (`(T,)` or `(batch_size, T)` of bool, *optional*): True where an action is real.
             unnorm_key (`str` or `list[str]`, *optional*): dataset of the samples; chooses statistics and cameras.
-            intrinsics, depth, reasoning: other families'; refused.
+            intrinsics, depth: other families'; refused.
+            reasoning (`str` or `list[str | None]`, *optional*): what the model is to say, or did, before it acts; one
+                for all or one per sample, None for a sample without any. Refused by families that say nothing.
             return_tensors (`str`): `"pt"` or `"np"`.
 
         Returns:
@@ -96,14 +100,15 @@ class ContinuousActionProcessor(ProcessorMixin):
         Raises:
             ValueError: something is missing, not declared or not usable, no camera has a picture, or counts differ.
         """
-        for name, value in (("intrinsics", intrinsics), ("depth", depth), ("reasoning", reasoning)):
+        refused = {"intrinsics": intrinsics, "depth": depth, "reasoning": None if self.takes_reasoning else reasoning}
+        for name, value in refused.items():
             if value is not None:
                 raise ValueError(f"This model takes no {name}; leave `{name}` out.")
         images, texts, keys = per_sample(images, text, unnorm_key)
         views = [_views(sample, self.camera_specs(key)) for sample, key in zip(images, keys, strict=True)]
         if blind := [index for index, sample in enumerate(views) if not any(there for _, there in sample)]:
             raise ValueError(f"Expected a picture of at least one camera, got none for the samples {blind}.")
-        data = self.encode_prompts(views, texts)
+        data = self.encode_prompts(views, texts, *([_reasonings(reasoning, texts)] if self.takes_reasoning else []))
         if self.action_codec.takes_state:
             data["state"] = self._states(state, keys)
         elif state is not None:
@@ -114,7 +119,17 @@ class ContinuousActionProcessor(ProcessorMixin):
             # Zero in robot units may be far from zero when it is normalised.
             data["actions"] = np.where(mask[..., None], np.stack(encoded), np.float32(0))
             data["action_mask"] = mask
-        return VLAFeatures(data, tensor_type=return_tensors)
+        features = VLAFeatures(data, tensor_type=return_tensors)
+        features.update(self.routing(keys))
+        return features
+
+    def routing(self, unnorm_keys: list[str | None]) -> dict[str, str]:
+        """Which part of the network a batch is for, by the model's own argument; nothing by default.
+
+        Args:
+            unnorm_keys (`list[str | None]`): dataset of each sample.
+        """
+        return {}
 
     def decode_actions(self, output: VLAOutput, unnorm_key=None) -> np.ndarray:
         """Turn predicted actions into robot actions.
@@ -187,6 +202,13 @@ def dataset_cameras(
     if cameras and DEFAULT_CAMERAS not in cameras:
         raise ValueError(f"No cameras for {unnorm_key!r}; this checkpoint knows those of {sorted(cameras)}.")
     return cameras.get(DEFAULT_CAMERAS, ())
+
+
+def _reasonings(reasoning, texts: list[str]) -> list[str | None]:
+    reasonings = [reasoning] * len(texts) if reasoning is None or isinstance(reasoning, str) else list(reasoning)
+    if len(reasonings) != len(texts):
+        raise ValueError(f"Got {len(reasonings)} reasonings for {len(texts)} samples: give one per sample, or one.")
+    return reasonings
 
 
 def _camera_specs(key: str, cameras) -> tuple[CameraSpec, ...]:

@@ -20,8 +20,6 @@ _CLIP_L = {
     "patch_size": 14,
     "projection_dim": 768,
 }
-# of the vision towers whose tokens can be counted
-_CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 # hidden size, layers, attention heads, intermediate size of the three Pythia language models
 _PYTHIA = {"s": (512, 6, 8, 2048), "b": (1024, 24, 16, 4096), "h": (2048, 16, 8, 8192)}
 
@@ -175,43 +173,3 @@ class TinyVLAConfig(PreTrainedConfig):
     def image_token_id(self) -> int:
         """Id of the backbone's image placeholder."""
         return self.backbone_config.image_token_id
-
-    @property
-    def num_image_tokens(self) -> int | None:
-        """Tokens of one image; None where they depend on its size, and the image processor counts them (Qwen2-VL).
-
-        Raises:
-            ValueError: the backbone's configuration does not tell.
-        """
-        backbone = self.backbone_config
-        vision = getattr(backbone, "vision_config", None)
-        if hasattr(vision, "spatial_merge_size"):
-            return None
-        if hasattr(backbone, "perceiver_config"):
-            return backbone.perceiver_config.resampler_n_latents
-        if hasattr(backbone, "mm_tokens_per_image"):
-            return backbone.mm_tokens_per_image
-        rows, columns = _patches(vision)
-        if factor := getattr(backbone, "scale_factor", None) or getattr(backbone, "downsample_factor", None):
-            return (rows // factor) * (columns // factor)
-        if ratio := getattr(backbone, "downsample_ratio", None):
-            return int(rows * ratio) * int(columns * ratio)
-        if backbone.model_type == "paligemma":
-            return rows * columns
-        if backbone.model_type in ("llava", "vipllava") and vision.model_type in _CLASS_TOKENS:
-            # all but the first, be it a class token or not
-            left_out = getattr(backbone, "vision_feature_select_strategy", "default") == "default"
-            return rows * columns + _CLASS_TOKENS[vision.model_type] - left_out
-        raise ValueError(
-            f"The configuration of a {backbone.model_type!r} does not tell how many tokens an image takes, or they "
-            "depend on its size: give prompt_config['image_seq_length'], if it is the same for all of your images."
-        )
-
-
-def _patches(vision: PreTrainedConfig | None) -> tuple[int, int]:
-    """Rows and columns; (0, 0) where there are none."""
-    sizes = [getattr(vision, name, None) for name in ("image_size", "patch_size")]
-    if None in sizes:
-        return 0, 0
-    (height, width), (rows, columns) = (size if isinstance(size, (list, tuple)) else (size, size) for size in sizes)
-    return height // rows, width // columns

@@ -5,13 +5,12 @@ images + prompt -> backbone, once -> hidden states behind the final norm -> acti
 Source: TinyVLA, https://huggingface.co/papers/2409.12514
 """
 
-import inspect
-
 import torch
 from transformers import AutoModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
 from hf_vla.actions.heads.registry import build_action_head
+from hf_vla.models.backbones import backbone_inputs, check_length, token_positions, token_types
 from hf_vla.models.base import VLAPreTrainedModel
 from hf_vla.models.outputs import VLAOutput
 from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
@@ -46,9 +45,7 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
     def __init__(self, config: TinyVLAConfig):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config)
-        parameters = inspect.signature(self.backbone.forward).parameters.values()
-        # Without those that encode sets itself.
-        self._backbone_inputs = {each.name for each in parameters if each.kind != each.VAR_KEYWORD} - {"use_cache"}
+        self._backbone_inputs = backbone_inputs(self.backbone)
         feature_dim = config.get_text_config().hidden_size
         self.action_head = build_action_head(
             config.head_config, feature_dim, config.action_dim, config.chunk_size, config.state_dim
@@ -71,7 +68,7 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
-        **backbone_inputs,
+        **others,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the backbone.
 
@@ -81,7 +78,7 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 where a token is real, 0 where
                 it is padding or belongs to a missing camera.
             pixel_values (`torch.FloatTensor`): as the backbone takes them.
-            backbone_inputs: whatever else the backbone's `forward` takes.
+            others: whatever else the backbone's `forward` takes.
 
         Returns:
             `tuple`: features `(batch_size, L, hidden_size)`, and a mask `(batch_size, L)`, True where a feature is
@@ -91,17 +88,17 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
             ValueError: a prompt is too long or has not all of the readout tokens, or is padded in front and the
                 backbone counts positions itself, or the backbone knows no input of that name.
         """
-        backbone_inputs = self.check_inputs("encode", backbone_inputs, self._backbone_inputs)
-        longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and input_ids.shape[1] > longest:
-            raise ValueError(
-                f"Expected prompts of at most {longest} tokens, for which the backbone has positions, got "
-                f"{input_ids.shape[1]}: shorten the instruction, or look through fewer cameras."
-            )
+        others = self.check_inputs("encode", others, self._backbone_inputs)
+        check_length(self.config.get_text_config(), input_ids.shape[1])
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         mask, is_image = attention_mask.bool(), input_ids == self.config.image_token_id
-        inputs = {**self._token_types(input_ids, mask, is_image, backbone_inputs), **backbone_inputs}
+        inputs, in_prompt = token_types(self.backbone, input_ids, is_image), mask | is_image
+        if "image_grid_thw" in others or not in_prompt[:, 0].all():  # else the backbone counts as well itself
+            if "position_ids" not in self._backbone_inputs:
+                raise ValueError("Expected prompts padded on the right, got padding at the beginning of a prompt.")
+            inputs["position_ids"] = token_positions(self.backbone, input_ids, in_prompt, is_image, others)
+        inputs |= others
         outputs = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=False, **inputs
         )
@@ -117,30 +114,6 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
         features = features[is_readout].unflatten(0, (len(features), len(readout)))
         return features, mask.new_ones(features.shape[:2])
 
-    def _token_types(self, input_ids, mask, is_image, backbone_inputs) -> dict[str, torch.Tensor]:
-        """What some backbones want to know of the tokens beside their ids."""
-        inputs, in_prompt = {}, mask | is_image  # a missing camera keeps its place
-        if "token_type_ids" in self._backbone_inputs:
-            # PaliGemma: 0 is the prompt, which attends to itself in both directions; others: 1 is an image.
-            prefix = self.config.backbone_config.model_type == "paligemma"
-            inputs["token_type_ids"] = torch.zeros_like(input_ids) if prefix else is_image.long()
-        if "mm_token_type_ids" in self._backbone_inputs:
-            inputs["mm_token_type_ids"] = is_image.int()
-        if "image_grid_thw" in backbone_inputs and hasattr(self.backbone, "get_rope_index"):
-            # Left to itself, the backbone would drop the tokens of a missing camera, but not the camera's grid.
-            inputs["position_ids"], _ = self.backbone.get_rope_index(
-                input_ids,
-                is_image.int(),
-                image_grid_thw=backbone_inputs["image_grid_thw"],
-                attention_mask=in_prompt.long(),
-            )
-        elif not in_prompt[:, 0].all():
-            if "position_ids" not in self._backbone_inputs:
-                raise ValueError("Expected prompts padded on the right, got padding at the beginning of a prompt.")
-            first = 1 if self.config.backbone_config.model_type == "paligemma" else 0
-            inputs["position_ids"] = (in_prompt.long().cumsum(-1) - 1).clamp(min=0) + first
-        return inputs
-
     def forward(
         self,
         input_ids: torch.LongTensor,
@@ -150,12 +123,12 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
         action_mask: torch.BoolTensor | None = None,
         state: torch.FloatTensor | None = None,
         generator: torch.Generator | None = None,
-        **backbone_inputs,
+        **others,
     ) -> VLAOutput:
         """Training loss.
 
         Args:
-            input_ids, attention_mask, pixel_values, backbone_inputs: see `encode`.
+            input_ids, attention_mask, pixel_values, others: see `encode`.
             actions (`torch.FloatTensor` of shape `(batch_size, chunk_size, action_dim)`): normalised.
             action_mask (`torch.BoolTensor` of shape `(batch_size, chunk_size)`, *optional*): True where an action is
                 real; all of them by default.
@@ -172,8 +145,8 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
             raise ValueError("Expected `actions` to learn from; to predict some, call predict_action.")
         if action_mask is None:
             action_mask = torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device)
-        backbone_inputs = self.check_inputs("forward", backbone_inputs, self._backbone_inputs)
-        features, mask = self.encode(input_ids, attention_mask, pixel_values, **backbone_inputs)
+        others = self.check_inputs("forward", others, self._backbone_inputs)
+        features, mask = self.encode(input_ids, attention_mask, pixel_values, **others)
         loss = self.action_head.loss(features, mask, actions, action_mask, state, generator)
         return VLAOutput(loss=loss.mean(), hidden_states=(features,))
 
@@ -187,12 +160,12 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
         generator: torch.Generator | None = None,
         noise: torch.FloatTensor | None = None,
         num_inference_steps: int | None = None,
-        **backbone_inputs,
+        **others,
     ) -> VLAOutput:
         """Predict a chunk of actions; the backbone runs once, however many steps the head takes.
 
         Args:
-            input_ids, attention_mask, pixel_values, backbone_inputs: see `encode`.
+            input_ids, attention_mask, pixel_values, others: see `encode`.
             state (`torch.FloatTensor` of shape `(batch_size, state_dim)`, *optional*): normalised.
             generator, noise, num_inference_steps: see `ActionHead.sample`.
 
@@ -202,8 +175,8 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
         Raises:
             ValueError: a prediction is NaN or infinite, an argument is not for this head; see also `encode`.
         """
-        backbone_inputs = self.check_inputs("predict_action", backbone_inputs, self._backbone_inputs)
-        features, mask = self.encode(input_ids, attention_mask, pixel_values, **backbone_inputs)
+        others = self.check_inputs("predict_action", others, self._backbone_inputs)
+        features, mask = self.encode(input_ids, attention_mask, pixel_values, **others)
         actions = self.action_head.sample(
             features, mask, state, generator=generator, noise=noise, num_inference_steps=num_inference_steps
         )

@@ -1,0 +1,130 @@
+"""What image-text-to-text models of transformers want to know of a prompt beside its tokens and pictures."""
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+
+# of the vision towers whose tokens can be counted
+_CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+
+
+def backbone_inputs(backbone: PreTrainedModel) -> set[str]:
+    """Names that a backbone's `forward` takes, without those that its callers set themselves."""
+    parameters = inspect.signature(backbone.forward).parameters.values()
+    return {each.name for each in parameters if each.kind != each.VAR_KEYWORD} - {"use_cache", "past_key_values"}
+
+
+def check_length(text_config, length: int) -> None:
+    """Raise where a prompt is longer than the backbone has positions for.
+
+    Raises:
+        ValueError: it is.
+    """
+    longest = getattr(text_config, "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise ValueError(
+            f"Expected prompts of at most {longest} tokens, for which the backbone has positions, got "
+            f"{length}: shorten the instruction, or look through fewer cameras."
+        )
+
+
+def token_types(
+    backbone: PreTrainedModel, input_ids: torch.Tensor, is_image: torch.Tensor, is_answer: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Kinds of tokens, under the names by which the backbone takes them.
+
+    Args:
+        backbone (`PreTrainedModel`): without a language head.
+        input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`): the tokens.
+        is_image (`torch.Tensor` of shape `(batch_size, sequence_length)`, bool): True where a token is an image's.
+        is_answer (`torch.Tensor` of shape `(batch_size, sequence_length)`, bool, *optional*): True where the model
+            itself speaks; nowhere by default.
+
+    Returns:
+        `dict[str, torch.Tensor]` of shape `(batch_size, sequence_length)` each.
+    """
+    names, types = backbone_inputs(backbone), {}
+    if "token_type_ids" in names:
+        # PaliGemma: 0 is the prompt, which attends to itself in both directions; others: 1 is an image.
+        prefix = backbone.config.model_type == "paligemma"
+        answer = torch.zeros_like(input_ids) if is_answer is None else is_answer.long()
+        types["token_type_ids"] = answer if prefix else is_image.long()
+    if "mm_token_type_ids" in names:
+        types["mm_token_type_ids"] = is_image.int()
+    return types
+
+
+def token_positions(
+    backbone: PreTrainedModel,
+    input_ids: torch.Tensor,
+    in_prompt: torch.Tensor,
+    is_image: torch.Tensor,
+    others: dict[str, Any],
+) -> torch.Tensor:
+    """Count the tokens' places as the backbone does, wherever padding stands.
+
+    Args:
+        backbone, input_ids, is_image: see [`token_types`].
+        in_prompt (`torch.Tensor` of shape `(batch_size, sequence_length)`, bool): False for padding; a missing camera
+            keeps its place.
+        others (`dict`): the backbone's other inputs, of which `image_grid_thw` tells where an image's tokens are.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, sequence_length)`, or `(3, batch_size, sequence_length)` for M-RoPE.
+    """
+    if "image_grid_thw" in others and hasattr(backbone, "get_rope_index"):
+        # Left to itself, the backbone would drop the tokens of a missing camera, but not the camera's grid.
+        positions, _ = backbone.get_rope_index(
+            input_ids,
+            is_image.int(),
+            image_grid_thw=others["image_grid_thw"],
+            attention_mask=in_prompt.long(),
+        )
+        return positions
+    first = 1 if backbone.config.model_type == "paligemma" else 0
+    return (in_prompt.long().cumsum(-1) - 1).clamp(min=0) + first
+
+
+def num_image_tokens(backbone: PreTrainedConfig) -> int | None:
+    """Tokens of one image; None where they depend on its size, and the image processor counts them (Qwen2-VL).
+
+    Args:
+        backbone (`PreTrainedConfig`): an image-text-to-text model's.
+
+    Raises:
+        ValueError: the backbone's configuration does not tell.
+    """
+    vision = getattr(backbone, "vision_config", None)
+    if hasattr(vision, "spatial_merge_size"):
+        return None
+    if hasattr(backbone, "perceiver_config"):
+        return backbone.perceiver_config.resampler_n_latents
+    if hasattr(backbone, "mm_tokens_per_image"):
+        return backbone.mm_tokens_per_image
+    rows, columns = _patches(vision)
+    if factor := getattr(backbone, "scale_factor", None) or getattr(backbone, "downsample_factor", None):
+        return (rows // factor) * (columns // factor)
+    if ratio := getattr(backbone, "downsample_ratio", None):
+        return int(rows * ratio) * int(columns * ratio)
+    if backbone.model_type == "paligemma":
+        return rows * columns
+    if backbone.model_type in ("llava", "vipllava") and vision.model_type in _CLASS_TOKENS:
+        # all but the first, be it a class token or not
+        left_out = getattr(backbone, "vision_feature_select_strategy", "default") == "default"
+        return rows * columns + _CLASS_TOKENS[vision.model_type] - left_out
+    raise ValueError(
+        f"The configuration of a {backbone.model_type!r} does not tell how many tokens an image takes, or they "
+        "depend on its size: give prompt_config['image_seq_length'], if it is the same for all of your images."
+    )
+
+
+def _patches(vision: PreTrainedConfig | None) -> tuple[int, int]:
+    """Rows and columns; (0, 0) where there are none."""
+    sizes = [getattr(vision, name, None) for name in ("image_size", "patch_size")]
+    if None in sizes:
+        return 0, 0
+    (height, width), (rows, columns) = (size if isinstance(size, (list, tuple)) else (size, size) for size in sizes)
+    return height // rows, width // columns
