@@ -8,7 +8,10 @@ from hf_vla.models.auto import FAMILIES, family_class
 
 PUBLISHED = {"spatialvla": "spatialvla/zoe1_spatial_chunk4/checkpoint"}
 STATISTICS = {"robot": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}}
-SIZES = {"tinyvla": {"action_dim": 7, "state_dim": None, "chunk_size": 4}}
+SIZES = {
+    "divla": {"action_dim": 7, "state_dim": None, "chunk_size": 4},
+    "tinyvla": {"action_dim": 7, "state_dim": None, "chunk_size": 4},
+}
 REMOTE = {"AutoConfig": "configuration_x.X", "AutoModel": "modeling_x.X", "AutoProcessor": "processing_x.X"}
 
 

@@ -19,6 +19,7 @@ from wrapt import when_imported
 
 # model_type: (configuration, model, processor), in `hf_vla.models.<model_type>.<kind>_<model_type>`
 FAMILIES = {
+    "divla": ("DiVLAConfig", "DiVLAForActionPrediction", "DiVLAProcessor"),
     "pi0_vla": ("PI0VLAConfig", "PI0VLAForActionPrediction", "PI0VLAProcessor"),
     "spatialvla": ("SpatialVLAConfig", "SpatialVLAForConditionalGeneration", "SpatialVLAProcessor"),
     "tinyvla": ("TinyVLAConfig", "TinyVLAForActionPrediction", "TinyVLAProcessor"),

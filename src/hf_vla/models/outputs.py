@@ -19,7 +19,11 @@ class VLAOutput(ModelOutput):
             continuous head.
         action_ids (`torch.Tensor` of shape `(batch_size, num_action_tokens)`, int64): ids of an action tokenizer,
             relative to its own vocabulary (0 is its first id).
-        reasoning_ids (`torch.Tensor` of shape `(batch_size, reasoning_length)`): generated reasoning.
+        reasoning_ids (`torch.Tensor` of shape `(batch_size, reasoning_length)`, int64): the reasoning with its end
+            token, padded on the right.
+        diffusion_loss (`torch.Tensor` of shape `()`): the action head's part of a loss that has several.
+        ntp_loss (`torch.Tensor` of shape `()`): the reasoning's part, next-token prediction, before it is weighted.
+        reconstruction_loss (`torch.Tensor` of shape `()`): the part of latents that hold less than actions do.
         hidden_states, attentions, past_key_values: as in transformers.
     """
 
@@ -28,6 +32,9 @@ class VLAOutput(ModelOutput):
     actions: torch.Tensor | None = None
     action_ids: torch.Tensor | None = None
     reasoning_ids: torch.Tensor | None = None
+    diffusion_loss: torch.Tensor | None = None
+    ntp_loss: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     past_key_values: Cache | None = None

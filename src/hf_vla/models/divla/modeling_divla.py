@@ -1,0 +1,420 @@
+"""DiVLA: a vision-language model that says what it is about to do; what it said modulates how it acts.
+
+images + prompt -> backbone -> reasoning, token by token
+hidden states of prompt and reasoning -> FiLM -> action head (+ state) -> chunk of actions (or latents -> decoder)
+
+Source: Diffusion-VLA, https://huggingface.co/papers/2412.03293
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForImageTextToText
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+
+from hf_vla.actions.heads.base import check_finite
+from hf_vla.actions.heads.networks.film import ReasoningFiLM
+from hf_vla.actions.heads.networks.latent import Embodiment
+from hf_vla.actions.heads.registry import build_action_head
+from hf_vla.models.backbones import backbone_inputs, check_length, token_positions, token_types
+from hf_vla.models.base import VLAPreTrainedModel
+from hf_vla.models.divla.configuration_divla import DiVLAConfig, check_embodiment
+from hf_vla.models.outputs import VLAOutput
+
+IGNORED = -100  # a label that no loss reads
+
+
+class Encoding(NamedTuple):
+    """Prompt and reasoning behind the backbone.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): behind the final norm.
+        mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, bool): True where a token is real.
+        is_reasoning (`torch.Tensor` of shape `(batch_size, sequence_length)`, bool): True where it is the model's own.
+    """
+
+    hidden_states: torch.Tensor
+    mask: torch.Tensor
+    is_reasoning: torch.Tensor
+
+
+class DiVLAForActionPrediction(VLAPreTrainedModel):
+    """Images, an instruction and (where the robot has one) its state in; a reasoning and a chunk of actions out.
+
+    Example:
+    ```python
+    >>> import hf_vla
+    >>> from transformers import AutoModel, AutoProcessor
+
+    >>> model = AutoModel.from_pretrained(path)
+    >>> processor = AutoProcessor.from_pretrained(path)
+    >>> inputs = processor(images={"front": image}, text="clear the table", state=state)
+    >>> output = model.predict_action(**inputs)
+    >>> actions, reasoning = processor.decode_actions(output), processor.decode_reasoning(output)
+    ```
+    """
+
+    config: DiVLAConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    # Whether the backbone can is for the backbone to say, when it is built.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: DiVLAConfig):
+        super().__init__(config)
+        self.backbone = AutoModelForImageTextToText.from_config(config.backbone_config)
+        self._backbone_inputs = backbone_inputs(self.backbone.base_model)
+        hidden_size = config.get_text_config().hidden_size
+        self.film = ReasoningFiLM(hidden_size) if config.use_film else None
+        self.action_head = build_action_head(
+            config.head_config,
+            hidden_size,
+            config.action_dim if config.latent_dim is None else config.latent_dim,
+            config.chunk_size,
+            config.state_dim,
+        )
+        self.embodiments = torch.nn.ModuleDict()
+        for name, sizes in (config.embodiments or {}).items():
+            self.embodiments[name] = Embodiment(
+                **sizes, latent_dim=config.latent_dim, shared_state_dim=config.state_dim
+            )
+        self.post_init()
+
+    def _init_weights(self, module):
+        """Leave the head as it was built: it initialises itself, and transformers' initialisation is another."""
+
+    def get_input_embeddings(self):
+        """The backbone's."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        """Replace the backbone's input embedding."""
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        """The backbone's."""
+        return self.backbone.get_output_embeddings()
+
+    def add_embodiment(self, name: str, action_dim: int, state_dim: int | None = None) -> Embodiment:
+        """Give the model a further robot: its own decoder behind the shared action head.
+
+        Args:
+            name (`str`): by which `embodiment=` selects it.
+            action_dim (`int`), state_dim (`int`, *optional*): of the robot; a state of the head's own size by default.
+
+        Returns:
+            [`~hf_vla.actions.heads.networks.latent.Embodiment`], untrained; see `train_embodiment`.
+
+        Raises:
+            ValueError: the model denoises actions themselves, or the name is taken or no name.
+        """
+        if self.config.latent_dim is None:
+            raise ValueError(
+                "This model denoises the actions of one robot: build it with latent_dim (32 is usual) to share it."
+            )
+        if name in self.embodiments:
+            raise ValueError(f"There is an embodiment {name!r} already; others are {sorted(self.embodiments)}.")
+        sizes = {"action_dim": action_dim, "state_dim": self.config.state_dim if state_dim is None else state_dim}
+        check_embodiment(name, sizes)
+        embodiment = Embodiment(**sizes, latent_dim=self.config.latent_dim, shared_state_dim=self.config.state_dim)
+        self.embodiments[name] = embodiment.to(self.device, self.dtype)
+        self.config.embodiments = {**self.config.embodiments, name: sizes}
+        return embodiment
+
+    def train_embodiment(self, name: str) -> None:
+        """Freeze everything but what one robot has of its own.
+
+        Raises:
+            ValueError: there is no such embodiment.
+        """
+        chosen = self._embodiment(name)
+        self.requires_grad_(False)
+        chosen.requires_grad_(True)
+
+    def _embodiment(self, name: str | None) -> Embodiment | None:
+        if not self.embodiments:
+            if name is not None:
+                raise ValueError(f"This model knows one robot only: leave embodiment={name!r} out.")
+            return None
+        if name is None and len(self.embodiments) == 1:
+            return next(iter(self.embodiments.values()))
+        if name not in self.embodiments:
+            raise ValueError(f"No embodiment {name!r}; this checkpoint knows {sorted(self.embodiments)}.")
+        return self.embodiments[name]
+
+    def encode(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **others,
+    ) -> Encoding:
+        """Run the backbone over prompts and the reasoning that is given with them.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): from the processor.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 where a token is real, 0 where
+                it is padding or belongs to a missing camera.
+            pixel_values (`torch.FloatTensor`): as the backbone takes them.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): the reasoning's tokens;
+                -100 in front of it, and everywhere in samples without any.
+            others: whatever else the backbone's `forward` takes.
+
+        Returns:
+            [`Encoding`]
+
+        Raises:
+            ValueError: a prompt is too long, or the backbone knows no input of that name.
+        """
+        others = self.check_inputs("encode", others, self._backbone_inputs)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        is_reasoning = _reasoning(input_ids, labels)
+        outputs, _ = self._prefill(input_ids, attention_mask, pixel_values, is_reasoning, others, use_cache=False)
+        mask = attention_mask.bool()
+        return Encoding(outputs.last_hidden_state, mask, is_reasoning & mask)
+
+    @torch.no_grad()
+    def reason(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        max_reasoning_tokens: int | None = None,
+        **others,
+    ) -> tuple[Encoding, torch.LongTensor]:
+        """Let the model say what it is about to do, always the likeliest token next.
+
+        The end token is run through the backbone like all others, since in training its hidden state counts, too. A
+        reasoning that would grow too long is ended by it.
+
+        Args:
+            input_ids, attention_mask, pixel_values, others: see `encode`.
+            max_reasoning_tokens (`int`, *optional*): with the end token; the config's by default.
+
+        Returns:
+            `tuple`: [`Encoding`] of prompt and reasoning, and the reasoning's ids `(batch_size, reasoning_length)`,
+            with the end token, which also fills the places behind it.
+
+        Raises:
+            ValueError: see `encode`.
+        """
+        others = self.check_inputs("reason", others, self._backbone_inputs)
+        limit = self.config.max_reasoning_tokens if max_reasoning_tokens is None else max_reasoning_tokens
+        check_length(self.config.get_text_config(), input_ids.shape[1] + limit)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        outputs, places = self._prefill(input_ids, attention_mask, pixel_values, None, others, use_cache=True)
+        states, mask = [outputs.last_hidden_state], attention_mask.bool()
+        last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(-1)
+        state = states[0][torch.arange(len(mask), device=mask.device), last]
+        end, ids, active = self.config.end_token_id, [], mask.new_ones(len(mask))
+        while len(ids) < limit and active.any():
+            token = self._logits(state).argmax(-1)
+            ids.append(token.where(active & (len(ids) + 1 < limit), end))
+            mask = torch.cat([mask, active[:, None]], 1)
+            outputs = self.backbone.base_model(
+                input_ids=ids[-1][:, None],
+                attention_mask=mask.to(attention_mask.dtype),
+                position_ids=places,
+                past_key_values=outputs.past_key_values,
+                use_cache=True,
+            )
+            states.append(outputs.last_hidden_state)
+            state, places, active = states[-1][:, 0], places + 1, active & (ids[-1] != end)
+        is_reasoning = mask & (torch.arange(mask.shape[1], device=mask.device) >= input_ids.shape[1])
+        reasoning_ids = torch.stack(ids, 1) if ids else input_ids[:, :0]
+        return Encoding(torch.cat(states, 1), mask, is_reasoning), reasoning_ids
+
+    def _prefill(self, input_ids, attention_mask, pixel_values, is_reasoning, others, use_cache):
+        """Outputs of the backbone, and the place behind each prompt, shaped as its `position_ids` of one token."""
+        check_length(self.config.get_text_config(), input_ids.shape[1])
+        backbone, is_image = self.backbone.base_model, input_ids == self.config.image_token_id
+        in_prompt = attention_mask.bool() | is_image  # a missing camera keeps its place
+        places = token_positions(backbone, input_ids, in_prompt, is_image, others)
+        outputs = backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            position_ids=places,
+            use_cache=use_cache,
+            **token_types(backbone, input_ids, is_image, is_reasoning),
+            **others,
+        )
+        following = places.masked_fill(~in_prompt, 0).amax(-1, keepdim=True) + 1
+        return outputs, following.amax(0, keepdim=True).expand_as(following) if following.ndim == 3 else following
+
+    def condition(self, encoding: Encoding) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the action head sees of prompt and reasoning.
+
+        Args:
+            encoding ([`Encoding`]): of a batch.
+
+        Returns:
+            `tuple`: features and their mask, `(batch_size, 1, hidden_size)` and `(batch_size, 1)` with FiLM, else
+            those of the encoding.
+        """
+        states, mask, is_reasoning = encoding
+        if self.film is None:
+            return states, mask
+        features = self.film(states, mask & ~is_reasoning, is_reasoning)[:, None]
+        return features, mask.new_ones(features.shape[:2])
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        actions: torch.FloatTensor | None = None,
+        action_mask: torch.BoolTensor | None = None,
+        state: torch.FloatTensor | None = None,
+        embodiment: str | None = None,
+        generator: torch.Generator | None = None,
+        **others,
+    ) -> VLAOutput:
+        """Training loss.
+
+        Args:
+            input_ids, attention_mask, pixel_values, labels, others: see `encode`. Without labels, and for samples
+                without any, the action head alone learns, from the prompt alone.
+            actions (`torch.FloatTensor` of shape `(batch_size, chunk_size, action_dim)`): normalised.
+            action_mask (`torch.BoolTensor` of shape `(batch_size, chunk_size)`, *optional*): True where an action is
+                real; all of them by default.
+            state (`torch.FloatTensor` of shape `(batch_size, state_dim)`, *optional*): normalised.
+            embodiment (`str`, *optional*): whose actions these are; may be left out where the model knows one robot.
+            generator (`torch.Generator`, *optional*): makes the head's noise repeatable.
+
+        Returns:
+            [`VLAOutput`] with `loss` = `diffusion_loss` (mean over the samples) + `ntp_loss_weight` * `ntp_loss` (mean
+            over the batch's reasoning tokens) + `reconstruction_loss` (only where latents hold less than actions), and
+            `hidden_states`, those of prompt and reasoning.
+
+        Raises:
+            ValueError: there are no actions, or the embodiment is unknown; see also `encode`.
+        """
+        if actions is None:
+            raise ValueError("Expected `actions` to learn from; to predict some, call predict_action.")
+        if action_mask is None:
+            action_mask = torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device)
+        others = self.check_inputs("forward", others, self._backbone_inputs)
+        robot = self._embodiment(embodiment)
+        encoding = self.encode(input_ids, attention_mask, pixel_values, labels, **others)
+        parts = {"ntp_loss": self._ntp_loss(encoding.hidden_states, labels)}
+        if robot is not None:
+            parts["reconstruction_loss"] = robot.decoder.reconstruction_loss(actions, action_mask)
+            actions, state = robot.decoder.inverse(actions), robot.encode_state(state)
+            if any(parameter.requires_grad for parameter in self.action_head.parameters()):
+                # Latents that learn would learn to be easily denoised. Before a frozen head, they learn its language.
+                actions = actions.detach()
+        features, mask = self.condition(encoding)
+        parts["diffusion_loss"] = self.action_head.loss(features, mask, actions, action_mask, state, generator).mean()
+        weights = {"ntp_loss": self.config.ntp_loss_weight}
+        loss = sum(weights.get(name, 1.0) * part for name, part in parts.items())
+        return VLAOutput(loss=loss, hidden_states=(encoding.hidden_states,), **parts)
+
+    def _ntp_loss(self, states, labels):
+        chosen = None if labels is None else labels[:, 1:] != IGNORED
+        if chosen is None or not chosen.any():
+            return states.new_zeros((), dtype=torch.float32)
+        # of the few that are needed: a vocabulary's worth of logits for every token would fill the memory
+        return F.cross_entropy(self._logits(states[:, :-1][chosen]), labels[:, 1:][chosen])
+
+    def _logits(self, states):
+        logits = self.get_output_embeddings()(states).float()
+        cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @torch.no_grad()
+    def predict_action(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        state: torch.FloatTensor | None = None,
+        embodiment: str | None = None,
+        reasoning_ids: torch.LongTensor | None = None,
+        max_reasoning_tokens: int | None = None,
+        generator: torch.Generator | None = None,
+        noise: torch.FloatTensor | None = None,
+        num_inference_steps: int | None = None,
+        **others,
+    ) -> VLAOutput:
+        """Reason, unless a reasoning is given, and predict a chunk of actions under it.
+
+        Args:
+            input_ids, attention_mask, pixel_values, others: see `encode`.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): from a processor that was
+                given the reasoning; see `encode`.
+            state, embodiment: see `forward`.
+            reasoning_ids (`torch.LongTensor` of shape `(batch_size, reasoning_length)`, *optional*): an earlier
+                output's, to act under it once more.
+            max_reasoning_tokens (`int`, *optional*): see `reason`; 0: act without reasoning.
+            generator, noise, num_inference_steps: see `ActionHead.sample`; noise is of latents where there are any.
+
+        Returns:
+            [`VLAOutput`] with `actions` `(batch_size, chunk_size, action_dim)`, normalised, float32, and
+            `reasoning_ids` `(batch_size, reasoning_length)`, see `reason`; None where the reasoning came as labels.
+
+        Raises:
+            ValueError: a prediction is NaN or infinite, a reasoning is given twice, the embodiment is unknown, an
+                argument is not for this head; see also `encode`.
+        """
+        others = self.check_inputs("predict_action", others, self._backbone_inputs)
+        robot = self._embodiment(embodiment)
+        if labels is not None and reasoning_ids is not None:
+            raise ValueError("Expected one reasoning, as labels or as reasoning_ids, got both.")
+        if reasoning_ids is not None:
+            input_ids, attention_mask, labels = self._append(input_ids, attention_mask, reasoning_ids)
+        if labels is not None:
+            encoding = self.encode(input_ids, attention_mask, pixel_values, labels, **others)
+        else:
+            encoding, reasoning_ids = self.reason(
+                input_ids, attention_mask, pixel_values, max_reasoning_tokens, **others
+            )
+            if not self.config.film_end_token:
+                encoding = _without_end(encoding)
+        features, mask = self.condition(encoding)
+        if robot is not None:
+            state = robot.encode_state(state)
+        actions = self.action_head.sample(
+            features, mask, state, generator=generator, noise=noise, num_inference_steps=num_inference_steps
+        )
+        actions = actions if robot is None else check_finite(robot.decoder(actions))
+        return VLAOutput(actions=actions, reasoning_ids=reasoning_ids)
+
+    def _append(self, input_ids, attention_mask, reasoning_ids):
+        """Prompts with a reasoning behind them; nothing is real behind its first end token."""
+        if len(reasoning_ids) != len(input_ids):
+            raise ValueError(f"Got {len(input_ids)} prompts and {len(reasoning_ids)} reasonings: give one for each.")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        is_end = reasoning_ids == self.config.end_token_id
+        mask = is_end.cumsum(-1) - is_end.long() == 0
+        labels = torch.cat([torch.full_like(input_ids, IGNORED), reasoning_ids.masked_fill(~mask, IGNORED)], 1)
+        attention_mask = torch.cat([attention_mask, mask.to(attention_mask.dtype)], 1)
+        return torch.cat([input_ids, reasoning_ids], 1), attention_mask, labels
+
+
+def _reasoning(input_ids: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """True from the first label on."""
+    return torch.zeros_like(input_ids, dtype=torch.bool) if labels is None else (labels != IGNORED).cumsum(-1) > 0
+
+
+def _without_end(encoding: Encoding) -> Encoding:
+    """Without the last token of each reasoning."""
+    states, mask, is_reasoning = encoding
+    kept = ~is_reasoning | (is_reasoning.cumsum(-1) < is_reasoning.sum(-1, keepdim=True))
+    return Encoding(states, mask & kept, is_reasoning & kept)
+
+
+# Only for registered models does peft translate adapters of older layouts; the backbones bring the translations along.
+register_checkpoint_conversion_mapping(DiVLAConfig.model_type, [], overwrite=True)

@@ -1,0 +1,186 @@
+"""DiVLA processor: images of several cameras, prompt, reasoning, state and actions <-> tensors."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from hf_vla.models.batches import as_numpy, check_words, padded
+from hf_vla.models.byte_tokenizer import byte_tokenizer
+from hf_vla.models.divla.configuration_divla import DiVLAConfig
+from hf_vla.models.outputs import VLAOutput
+from hf_vla.models.prompts import PROMPT_KEYS, PromptProcessor
+
+ANSWER = "{reasoning}Next action:{eos}"  # as published
+IGNORED = -100  # a label that no loss reads
+
+
+class DiVLAProcessor(PromptProcessor):
+    """[`~hf_vla.models.prompts.PromptProcessor`] behind whose prompts stands what the model says, padded on the left.
+
+    Args:
+        prompt_config (`dict`): also `"answer"`, a text with `{reasoning}` that ends with the end token.
+        embodiments (`dict`, *optional*): `{unnorm_key: name}`, whose decoder a dataset's actions are for; needed where
+            the model has several.
+        others: see [`~hf_vla.models.prompts.PromptProcessor`].
+
+    Source: Diffusion-VLA, https://huggingface.co/papers/2412.03293
+    """
+
+    prompt_keys = (*PROMPT_KEYS, "answer")
+    takes_reasoning = True
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        statistics=None,
+        action_config=None,
+        camera_config=None,
+        prompt_config=None,
+        embodiments=None,
+        chat_template=None,
+    ):
+        self.embodiments = embodiments
+        super().__init__(
+            image_processor, tokenizer, statistics, action_config, camera_config, prompt_config, chat_template
+        )
+        answer = prompt_config.get("answer", "")
+        if answer.count("{reasoning}") != 1:
+            raise ValueError(f"Expected {{reasoning}} once in prompt_config['answer'], got {answer!r}.")
+        self._opening, self._closing = answer.split("{reasoning}")
+        closing_ids = tokenizer(self._closing, add_special_tokens=False)["input_ids"]
+        if not closing_ids or closing_ids[-1] not in self._control_ids:
+            raise ValueError(f"Expected prompt_config['answer'] to end with an end token, got {answer!r}.")
+        self.end_token_id = closing_ids[-1]
+        if unknown := sorted(set(embodiments or {}) - set(self.action_codec.keys)):
+            raise ValueError(f"No statistics of {unknown} in embodiments; there are {self.action_codec.keys}.")
+
+    @classmethod
+    def from_scratch(cls, config: DiVLAConfig, statistics: dict, action_config: dict, camera_config: dict):
+        """Processor of an untrained model: bytes as text tokens, images of at most 84 x 84 pixels.
+
+        Args:
+            config ([`DiVLAConfig`]): with the ids of the byte tokenizer, see the preset "tiny".
+            statistics, action_config, camera_config (`dict`): see the class.
+
+        Raises:
+            ValueError: the config's ids are not those of the byte tokenizer, or its backbone takes images in another
+                form.
+        """
+        backbone = config.backbone_config
+        if backbone.model_type != "qwen2_vl":
+            raise ValueError(
+                f"Expected a Qwen2-VL, got {backbone.model_type!r}: build its processor with from_backbone."
+            )
+        vision, tokenizer = backbone.vision_config, byte_tokenizer(0)
+        tokenizer.add_tokens(["<|video_pad|>", "<|vision_start|>", "<|vision_end|>"], special_tokens=True)
+        side = vision.patch_size * vision.spatial_merge_size
+        image_processor = Qwen2VLImageProcessorPil(
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            size={"shortest_edge": side**2, "longest_edge": (3 * side) ** 2},
+        )
+        processor = SimpleNamespace(image_processor=image_processor, tokenizer=tokenizer)
+        # The published prompt without its system message and roles: bytes are many.
+        prompt_config = {"template": "{images}{instruction}\n"}
+        return cls.from_backbone(processor, config, statistics, action_config, camera_config, prompt_config)
+
+    @classmethod
+    def complete_prompt(cls, prompt: dict[str, Any], tokenizer, config: DiVLAConfig) -> None:
+        """Add the published answer, and check its end."""
+        prompt.setdefault("answer", ANSWER.replace("{eos}", tokenizer.eos_token or ""))
+        end = tokenizer(prompt["answer"], add_special_tokens=False)["input_ids"][-1]
+        if end != config.end_token_id:
+            raise ValueError(
+                f"Expected the answer to end with the token {config.end_token_id}, as config.end_token_id says, but "
+                f"{prompt['answer']!r} ends with {end}, {tokenizer.convert_ids_to_tokens(end)!r}: set one to the "
+                "other."
+            )
+
+    def robot_sizes(self, config: DiVLAConfig, unnorm_key: str) -> tuple[int, int | None]:
+        """action_dim and state_dim of a dataset's embodiment."""
+        if not config.embodiments:
+            return super().robot_sizes(config, unnorm_key)
+        name = (self.embodiments or {}).get(unnorm_key)
+        if name is None and len(config.embodiments) == 1:
+            (name,) = config.embodiments
+        if name not in config.embodiments:
+            raise ValueError(
+                f"Expected embodiments to say which of {sorted(config.embodiments)} the dataset {unnorm_key!r} is of, "
+                f"got {name!r}."
+            )
+        return config.embodiments[name]["action_dim"], config.embodiments[name].get("state_dim")
+
+    def routing(self, unnorm_keys: list[str | None]) -> dict[str, str]:
+        """The embodiment of a batch, where any are known.
+
+        Raises:
+            ValueError: the batch is of several.
+        """
+        if not self.embodiments:
+            return {}
+        names = {self.embodiments.get(self.action_codec.resolve_key(key)) for key in unnorm_keys} - {None}
+        if len(names) > 1:
+            raise ValueError(f"Expected a batch of one embodiment, got {sorted(names)}: batch them apart.")
+        return {"embodiment": names.pop()} if names else {}
+
+    def encode_prompts(
+        self, views: list[list[tuple[Image.Image, bool]]], texts: list[str], reasonings: list[str | None]
+    ) -> dict[str, np.ndarray]:
+        """Fill and pad the prompts and what stands behind them.
+
+        Args:
+            views, texts: see [`~hf_vla.models.prompts.PromptProcessor.fill_prompts`].
+            reasonings (`list[str | None]`): of each sample; `""` is a reasoning of no words, None is none.
+
+        Returns:
+            `dict[str, np.ndarray]`: `input_ids` and `attention_mask` `(batch_size, L)`, padded on the left, beside
+            `pixel_values` and whatever else the image processor makes; where any sample has a reasoning also `labels`
+            `(batch_size, L)`, its tokens' ids and -100 elsewhere.
+        """
+        data, rows, masks = self.fill_prompts(views, texts)
+        labels = [[IGNORED] * len(row) for row in rows]
+        for reasoning, row, mask, label in zip(reasonings, rows, masks, labels, strict=True):
+            if reasoning is not None:
+                check_words(reasoning, self.tokenizer, self._control_ids)
+                said = self._opening + reasoning.strip() + self._closing
+                ids = self.tokenizer(said, add_special_tokens=False)["input_ids"]
+                row += ids
+                label += ids
+                mask += [1] * len(ids)
+        data["input_ids"] = padded(rows, self.tokenizer.pad_token_id or 0, left=True)
+        data["attention_mask"] = padded(masks, 0, left=True)
+        if any(reasoning is not None for reasoning in reasonings):
+            data["labels"] = padded(labels, IGNORED, left=True)
+        return data
+
+    def decode_reasoning(self, output: VLAOutput) -> list[str]:
+        """What the model said before it acted.
+
+        Args:
+            output ([`VLAOutput`] of `predict_action`).
+
+        Returns:
+            `list[str]`: one text per sample, without what always follows it; one that was cut short is as it was.
+
+        Raises:
+            ValueError: there is no reasoning in it.
+        """
+        if getattr(output, "reasoning_ids", None) is None:
+            raise ValueError(
+                f"Expected the output of predict_action, got a {type(output).__name__} without `reasoning_ids`: was "
+                "the reasoning given to it?"
+            )
+        closing = self.tokenizer.decode(
+            self.tokenizer(self._closing, add_special_tokens=False)["input_ids"], skip_special_tokens=True
+        )
+        texts = []
+        for row in as_numpy(output.reasoning_ids):
+            ends = np.flatnonzero(row == self.end_token_id)
+            text = self.tokenizer.decode(row[: ends[0]] if len(ends) else row, skip_special_tokens=True)
+            texts.append(text.removeprefix(self._opening).removesuffix(closing))
+        return texts
