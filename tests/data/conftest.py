@@ -35,3 +35,17 @@ def rewrite():
         pq.write_table(table.set_column(place, column, values(table[column])), path)
 
     return change_column
+
+
+@pytest.fixture
+def add(edit):
+    """Add a column that `meta/info.json` declares; its values are made of the rows' own numbers."""
+
+    def add_column(root, key, dtype, values):
+        for path in root.glob("data/*/*.parquet"):
+            table = pq.read_table(path)
+            pq.write_table(table.append_column(key, values(table["index"].to_pylist())), path)
+        feature = {key: {"dtype": dtype, "shape": [1], "names": None}}
+        edit(root / "meta/info.json", lambda info: info | {"features": info["features"] | feature})
+
+    return add_column

@@ -22,6 +22,10 @@ class LeRobotEpisodes(Dataset):
     of (1,) as a scalar), `task` as text. A key in `delta_timestamps` gets a leading time axis and a boolean
     `<key>_is_pad`, True where the window leaves the episode; there the nearest row of the episode is repeated.
 
+    Further texts, None where a row has none, are columns of text under their names, LeRobot's subtasks as `subtask`,
+    and GR00T's annotations (`annotation.*`, where `meta/modality.json` declares them) in place of their numbers.
+    LeRobot's language messages (columns of dtype "language") are left out: they are no text per row.
+
     Args:
         source (`str` or `Path`): the folder of the dataset, or its name on the Hub.
         delta_timestamps (`dict[str, list[float]]`, *optional*): column -> seconds relative to the row, multiples of
@@ -34,7 +38,7 @@ class LeRobotEpisodes(Dataset):
     Raises:
         FileNotFoundError: a file of the dataset is missing.
         ValueError: unknown version, camera, episode or column; a delta that is no multiple of 1 / fps; actions or
-            observations that are NaN or infinite; rows that disagree with the table of episodes or of tasks.
+            observations that are NaN or infinite; rows that disagree with the table of episodes, tasks or subtasks.
     """
 
     def __init__(
@@ -51,11 +55,9 @@ class LeRobotEpisodes(Dataset):
         self.tasks = schema.read_tasks(self.root, self.info)
         self.camera_keys = self._select_cameras(cameras)
         self.episodes = self._select_episodes(episodes)
-        self.features = {
-            key: feature
-            for key, feature in self.info.features.items()
-            if key in self.camera_keys or key not in self.info.camera_keys
-        }
+        unread = {*self.info.camera_keys, *self.info.language_keys} - {*self.camera_keys}
+        self.features = {key: feature for key, feature in self.info.features.items() if key not in unread}
+        self._indexed = self._indexed_texts()
         self._deltas = self._delta_indices(delta_timestamps or {})
         self._columns, self._rows = self._read_columns()
         self._videos = VideoFrames()
@@ -93,6 +95,33 @@ class LeRobotEpisodes(Dataset):
         view.flags.writeable = False
         return view
 
+    @property
+    def text_columns(self) -> list[str]:
+        """The keys of an item that hold text."""
+        texts = [key for key, column in self._columns.items() if self._is_text(key) and column.ndim == 1]
+        return [*dict.fromkeys([*texts, *self._indexed])]
+
+    def texts(self, key: str) -> np.ndarray:
+        """Return the text of every row, None where a row has none: `(num_frames,)`, objects.
+
+        Args:
+            key (`str`): one of `text_columns`.
+
+        Raises:
+            ValueError: there is no such text.
+        """
+        if key in self._indexed:
+            column, _, texts = self._indexed[key]
+            return np.array([texts[index] for index in self._columns[column]], dtype=object)
+        if key in self.text_columns:
+            return self.column(key)
+        hint = ""
+        if key in self.info.language_keys:
+            hint = " LeRobot's messages are no text per row: write the one meant to a column of text, or as subtasks."
+        elif key in (schema.SUBTASK, schema.SUBTASK + schema.INDEX_SUFFIX):
+            hint = " Subtasks are the column 'subtask_index' and meta/subtasks.parquet together, read as 'subtask'."
+        raise ValueError(f"{self.name}: no text {key!r}; it has {self.text_columns}.{hint}")
+
     def windows(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Return every row's window of a column.
 
@@ -122,8 +151,27 @@ class LeRobotEpisodes(Dataset):
                 item[key] = column[row] if column.dtype == object else torch.tensor(column[row])
         for key, (_, is_pad) in windows.items():
             item[key + schema.PAD_SUFFIX] = torch.from_numpy(is_pad)
-        item[schema.TASK] = self.tasks[self._columns["task_index"][row]]
+        for key, (column, _, texts) in self._indexed.items():
+            item[key] = texts[self._columns[column][row]]
         return item
+
+    def _is_text(self, key: str) -> bool:
+        return self.features[key]["dtype"] == "string"
+
+    def _indexed_texts(self) -> dict[str, tuple[str, str, dict[int, str | None]]]:
+        """Return the texts that rows give by number: key -> (column of numbers, name of the table, its texts)."""
+        task, subtask = schema.TASK + schema.INDEX_SUFFIX, schema.SUBTASK + schema.INDEX_SUFFIX
+        indexed = {schema.TASK: (task, schema.TASK, self.tasks)}
+        if self._is_number(subtask) and (subtasks := schema.read_subtasks(self.root)) is not None:
+            indexed[schema.SUBTASK] = (subtask, schema.SUBTASK, {-1: None} | subtasks)  # -1: a row not annotated
+        for key, column in schema.read_annotations(self.root).items():
+            if self._is_number(column):
+                indexed[key] = (column, schema.TASK, self.tasks)
+        return indexed
+
+    def _is_number(self, key: str) -> bool:
+        feature = self.features.get(key, {"shape": None})
+        return feature["shape"] in ([1], []) and not self._is_text(key)
 
     def _episode_of(self, rows):
         return np.searchsorted(self.episode_starts, rows, side="right") - 1
@@ -202,7 +250,7 @@ class LeRobotEpisodes(Dataset):
     def _delta_indices(self, delta_timestamps: dict[str, Sequence[float]]) -> dict[str, np.ndarray]:
         deltas = {}
         for key, seconds in delta_timestamps.items():
-            if self.features.get(key, {"dtype": "string"})["dtype"] == "string":
+            if key not in self.features or self._is_text(key) or key in self._indexed:
                 raise ValueError(
                     f"{self.name}: no column {key!r} to take a window of; it reads {sorted(self.features)}."
                 )
@@ -219,13 +267,13 @@ class LeRobotEpisodes(Dataset):
 
     def _read_columns(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Return the columns in order of the rows' own number, and each row's place in the files."""
-        features = {key: feature for key, feature in self.info.features.items() if key not in self.info.camera_keys}
+        features = {key: feature for key, feature in self.features.items() if key not in self.camera_keys}
         columns = schema.read_columns(schema.data_files(self.root, self.info), features)
         rows = np.argsort(columns["index"], kind="stable")
         rows = rows[np.isin(columns["episode_index"][rows], [episode.index for episode in self.episodes])]
         columns = {key: column[rows] for key, column in columns.items()}
         self._check_rows(columns)
-        self._check_tasks(columns)
+        self._check_texts(columns)
         self._check_finite(columns)
         return columns, rows
 
@@ -251,14 +299,16 @@ class LeRobotEpisodes(Dataset):
                 "one before it; expected the rows of every episode once each, frames counted from 0. Write them anew."
             )
 
-    def _check_tasks(self, columns: dict[str, np.ndarray]):
-        unknown = ~np.isin(columns["task_index"], list(self.tasks))
-        if unknown.any():
-            row = unknown.argmax()
-            raise ValueError(
-                f"{self.name}: task_index {columns['task_index'][row]} of {_place(columns, row)} is none of the "
-                f"dataset's {len(self.tasks)} task(s); add it to meta/tasks, or leave the episode out with `episodes`."
-            )
+    def _check_texts(self, columns: dict[str, np.ndarray]):
+        for column, table, texts in self._indexed.values():
+            unknown = ~np.isin(columns[column], list(texts))
+            if unknown.any():
+                row = unknown.argmax()
+                raise ValueError(
+                    f"{self.name}: {column} {columns[column][row]} of {_place(columns, row)} is none of the dataset's "
+                    f"{sum(number >= 0 for number in texts)} {table}(s); add it to meta/{table}s, or leave the "
+                    "episode out with `episodes`."
+                )
 
     def _check_finite(self, columns: dict[str, np.ndarray]):
         for key, column in columns.items():

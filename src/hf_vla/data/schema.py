@@ -15,6 +15,8 @@ ACTION = "action"
 STATE = "observation.state"
 IMAGES = "observation.images."
 TASK = "task"
+SUBTASK = "subtask"
+INDEX_SUFFIX = "_index"
 PAD_SUFFIX = "_is_pad"
 VERSIONS = ("v2.1", "v3.0")
 # Seconds by which a timestamp may miss a video frame, and a delta a multiple of 1 / fps (LeRobot's own tolerance).
@@ -47,6 +49,11 @@ class DatasetInfo:
     def camera_keys(self) -> list[str]:
         """Columns that hold pictures, as video or as images."""
         return [key for key, feature in self.features.items() if feature["dtype"] in ("video", "image")]
+
+    @property
+    def language_keys(self) -> list[str]:
+        """Columns of LeRobot's language messages: for each row a list of any length, with roles, styles and times."""
+        return [key for key, feature in self.features.items() if feature["dtype"] == "language"]
 
 
 @dataclass(frozen=True)
@@ -91,18 +98,28 @@ def read_tasks(root: Path, info: DatasetInfo) -> dict[int, str]:
     """Read the instructions: `task_index` -> text, which may be empty."""
     if info.codebase_version == "v2.1":
         return {row["task_index"]: row["task"] for row in _read_jsonl(root, "meta/tasks.jsonl")}
-    table = pq.read_table(_existing(root, "meta/tasks.parquet"))
-    # LeRobot up to 0.4 writes the text as an unnamed pandas index, later versions name it.
-    column = next((name for name in ("task", "__index_level_0__") if name in table.column_names), None)
-    if column is None:
-        raise ValueError(f"{root / 'meta/tasks.parquet'}: expected a column 'task', came {table.column_names}.")
-    tasks = dict(enumerate(table[column].to_pylist()))  # LeRobot takes the place of a row for its number
-    if "task_index" in table.column_names and table["task_index"].to_pylist() != [*tasks]:
-        raise ValueError(
-            f"{root / 'meta/tasks.parquet'}: expected the rows in the order of their task_index, came "
-            f"{table['task_index'].to_pylist()}; sort them, or LeRobot and this library would read different tasks."
-        )
-    return tasks
+    return _read_texts(_existing(root, "meta/tasks.parquet"), TASK)
+
+
+def read_subtasks(root: Path) -> dict[int, str] | None:
+    """Read LeRobot's subtasks: `subtask_index` -> text; None where the dataset has none.
+
+    Source: https://huggingface.co/docs/lerobot/main/dataset_subtask
+    """
+    path = root / "meta/subtasks.parquet"
+    return _read_texts(path, SUBTASK) if path.is_file() else None
+
+
+def read_annotations(root: Path) -> dict[str, str]:
+    """Read which columns number further tasks of a row: GR00T's name of the annotation -> column.
+
+    Source: https://github.com/NVIDIA/Isaac-GR00T/blob/main/getting_started/data_preparation.md
+    """
+    if not (root / "meta/modality.json").is_file():
+        return {}
+    annotations = _read_json(root, "meta/modality.json").get("annotation") or {}
+    columns = {f"annotation.{name}": (entry or {}).get("original_key") for name, entry in annotations.items()}
+    return {key: column or key for key, column in columns.items()}
 
 
 def read_episodes(root: Path, info: DatasetInfo) -> list[Episode]:
@@ -196,6 +213,21 @@ def merge_statistics(parts: list[dict[str, dict]]) -> dict[str, dict[str, np.nda
             "count": count.sum(0),
         }
     return merged
+
+
+def _read_texts(path: Path, name: str) -> dict[int, str]:
+    table, number = pq.read_table(path), name + INDEX_SUFFIX
+    # LeRobot up to 0.4 writes the text as an unnamed pandas index, later versions name it.
+    column = next((text for text in (name, "__index_level_0__") if text in table.column_names), None)
+    if column is None:
+        raise ValueError(f"{path}: expected a column {name!r}, came {table.column_names}.")
+    texts = dict(enumerate(table[column].to_pylist()))  # LeRobot takes the place of a row for its number
+    if number in table.column_names and table[number].to_pylist() != [*texts]:
+        raise ValueError(
+            f"{path}: expected the rows in the order of their {number}, came {table[number].to_pylist()}; sort them, "
+            "or LeRobot and this library would read different texts."
+        )
+    return texts
 
 
 def _existing(root: Path, name: str) -> Path:
