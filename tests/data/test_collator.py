@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoProcessor
 
 from hf_vla.data.collator import VLACollator
 from hf_vla.data.lerobot import LeRobotEpisodes
@@ -86,3 +87,46 @@ def test_prompts_hold_no_targets_but_keep_them_beside(dataset):
     assert batch["inputs"].keys() == {"images", "text", "unnorm_key", "return_tensors"}
     assert torch.equal(batch["actions"], training["actions"])
     assert torch.equal(batch["action_mask"], training["action_mask"])
+
+
+def test_the_reasoning_is_passed_in_training_alone(dataset):
+    said = ["lift it", "", "  \n", None]  # blank texts teach nothing
+    items = [dataset[row] | {"note": text} for row, text in enumerate(said)]
+    collator = VLACollator(Recorder(), "blocks", ["wrist"], reasoning="note")
+    batch = collator(items)
+    assert batch["reasoning"] == ["lift it", None, None, None]
+    assert {key: batch[key] for key in ("text", "unnorm_key")} == {
+        "text": [items[0]["task"]] * 4,
+        "unnorm_key": "blocks",
+    }
+    assert collator(items, camera_dropout=0.5)["reasoning"] == batch["reasoning"]
+    assert "reasoning" not in collator.prompts(items)["inputs"] and "reasoning" not in collator.prompts(items)
+    assert collator(items[3:])["reasoning"] == [None]
+
+
+@pytest.mark.parametrize("key", ["subtask", "action", "observation.images.wrist"])
+def test_a_reasoning_that_is_no_text_is_an_error_that_lists_the_texts(dataset, key):
+    items = [dataset[0] | {"note": None}, dataset[1] | {"note": "lift it"}]
+    with pytest.raises(ValueError, match=rf"hold no text '{key}' to learn as reasoning, only \['note', 'task'\]"):
+        VLACollator(Recorder(), "blocks", ["wrist"], reasoning=key)(items)
+    with pytest.raises(ValueError, match="hold no text 'note'"):
+        VLACollator(Recorder(), "blocks", ["wrist"], reasoning="note")([items[0], dataset[1]])
+
+
+def test_a_processor_that_takes_no_reasoning_refuses_it(demos, tiny_checkpoint):
+    processor = AutoProcessor.from_pretrained(tiny_checkpoint)
+    items = [LeRobotEpisodes(demos, {"action": [step / 20 for step in range(4)]}, cameras=["agentview"])[0]]
+    with pytest.raises(ValueError, match="takes no reasoning"):
+        VLACollator(processor, "robosuite", ["agentview"], reasoning="subtask")(items)
+    assert VLACollator(processor, "robosuite", ["agentview"], reasoning="subtask").prompts(items)
+
+
+def test_the_example_data_teaches_a_model_what_to_say(demos, reasoning_checkpoint):
+    processor = AutoProcessor.from_pretrained(reasoning_checkpoint)
+    dataset = LeRobotEpisodes(demos, {"action": [step / 20 for step in range(4)]})
+    collator = VLACollator(processor, "robosuite", dataset.camera_keys, reasoning="subtask")
+    batch = collator([dataset[0], dataset[25] | {"subtask": None}, dataset[30]])
+    said = [processor.tokenizer.decode(row[row >= 0]) for row in batch["labels"]]
+    assert [text.partition("Next action:")[0] for text in said] == ["reach for the red cube", "", "lift the red cube"]
+    assert said[1] == ""
+    assert "labels" not in collator([dataset[0] | {"subtask": " "}])

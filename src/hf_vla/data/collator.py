@@ -17,10 +17,19 @@ class VLACollator:
         cameras (`Sequence[str]`): the cameras to look through, with or without `observation.images.`. The processor
             gets a picture for each sample; of several cameras a dictionary, camera's name -> picture.
         with_state (`bool`, defaults to `False`): also hand over `observation.state`.
+        reasoning (`str`, *optional*): the text of the items that the model learns to say before it acts, such as
+            `subtask`; in training batches alone. None in an item, or a blank text, is no reasoning: none is learnt.
     """
 
-    def __init__(self, processor, unnorm_key: str | None, cameras: Sequence[str], with_state: bool = False):
-        self.processor = processor
+    def __init__(
+        self,
+        processor,
+        unnorm_key: str | None,
+        cameras: Sequence[str],
+        with_state: bool = False,
+        reasoning: str | None = None,
+    ):
+        self.processor, self.reasoning = processor, reasoning
         self.unnorm_key = unnorm_key
         if isinstance(cameras, str) or not cameras:
             raise ValueError(f"Expected a list of cameras, one or more, came {cameras!r}.")
@@ -38,9 +47,11 @@ class VLACollator:
                 divided among several workers, withholds the same.
 
         Raises:
-            ValueError: the items lack the camera, the actions' padding or the state.
+            ValueError: the items lack the camera, the actions' padding, the state or the reasoning.
         """
         targets = self._targets(items)
+        if self.reasoning is not None:
+            targets["reasoning"] = [self._reasoning(item) for item in items]
         if camera_dropout:
             generator = np.random.default_rng([seed, *(int(item["index"]) for item in items)])
             items = [self._withhold(item, camera_dropout, generator) for item in items]
@@ -64,6 +75,13 @@ class VLACollator:
             # The dataset marks what is padding, everything above it marks what is real: inverted here and only here.
             "action_mask": ~torch.stack([item[schema.ACTION + schema.PAD_SUFFIX] for item in items]),
         }
+
+    def _reasoning(self, item):
+        text = item.get(self.reasoning, item)  # the item itself is no text
+        if text is None or isinstance(text, str):
+            return text if text and not text.isspace() else None
+        texts = sorted(key for key, value in item.items() if value is None or isinstance(value, str))
+        raise ValueError(f"The items hold no text {self.reasoning!r} to learn as reasoning, only {texts}.")
 
     def _process(self, items, **targets):
         state = {"state": torch.stack([item[schema.STATE] for item in items])} if self.with_state else {}
