@@ -26,7 +26,8 @@ def recorded(goldens):
     def load(name, setting):
         folder = goldens / "lerobot" / "expected" / name
         meta = json.loads((folder / f"{setting}.json").read_text())
-        return meta, load_file(folder / f"{setting}.safetensors")
+        pictures = dict(np.load(folder / "plain_pictures.npz")) if setting == "plain" else {}
+        return meta, load_file(folder / f"{setting}.safetensors") | pictures
 
     return load
 

@@ -30,17 +30,15 @@ def check_published(encoder, features, state, outputs):
     torch.testing.assert_close(encoder(features, mask, state).vector, outputs["combined"], rtol=0, atol=5e-6)
 
 
-def test_tinyvla_pools_norms_and_combines_as_published(published):
-    inputs = published.inputs
-    check_published(published.head.condition_encoder, inputs["hidden_states"], inputs["states"], published.outputs)
-
-
-def test_the_one_token_of_dexvla_is_its_own_mean(goldens):
-    folder = goldens / "unet1d" / "dexvla_a"
+@pytest.mark.parametrize(("case", "length"), [("tinyvla_a", 11), ("dexvla_a", 1)])
+def test_pools_norms_and_combines_as_published(case, length, goldens):
+    """The one token of DexVLA is its own mean."""
+    folder = goldens / "unet1d" / case
     inputs = load_file(folder / "inputs.safetensors")
     encoder = ConditionEncoder(inputs["hidden_states"].shape[-1], inputs["states"].shape[-1])
     weights = load_file(folder / "condition_weights.safetensors")
     encoder.load_state_dict({name.replace("norm_after_pool", "norm"): w for name, w in weights.items()})
+    assert inputs["hidden_states"].shape[1] == length
     check_published(encoder, inputs["hidden_states"], inputs["states"], load_file(folder / "outputs.safetensors"))
 
 
