@@ -74,7 +74,9 @@ def control_ids(tokenizer: PreTrainedTokenizerBase, *others: int) -> set[int]:
     return {*others, *special, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
 
 
-def check_words(text: str, tokenizer: PreTrainedTokenizerBase, control_ids: set[int]) -> None:
+def check_words(
+    text: str, tokenizer: PreTrainedTokenizerBase, control_ids: set[int], what: str = "an instruction"
+) -> None:
     """Refuse an instruction that is no text, or that holds tokens which control the model.
 
     An empty one is allowed: there are datasets without instructions.
@@ -83,10 +85,10 @@ def check_words(text: str, tokenizer: PreTrainedTokenizerBase, control_ids: set[
         ValueError: it does.
     """
     if not isinstance(text, str):
-        raise ValueError(f"Expected an instruction in words, got {text!r}.")
+        raise ValueError(f"Expected {what} in words, got {text!r}.")
     if control := sorted(control_ids.intersection(tokenizer(text, add_special_tokens=False)["input_ids"])):
         tokens = tokenizer.convert_ids_to_tokens(control)
-        raise ValueError(f"Expected an instruction in words, got the control tokens {tokens} in it: {text!r}.")
+        raise ValueError(f"Expected {what} in words, got the control tokens {tokens} in it: {text!r}.")
 
 
 def padded(rows: Iterable[list[int]], fill: int, left: bool = False) -> np.ndarray:

@@ -28,7 +28,7 @@ class ContinuousActionProcessor(ProcessorMixin):
         chat_template (`str`, *optional*): unused, kept for `ProcessorMixin`.
     """
 
-    takes_reasoning = False
+    takes_reasoning = False  # whether the family's model says, or is told, in words what it is about to do
 
     def __init__(
         self,
@@ -50,16 +50,18 @@ class ContinuousActionProcessor(ProcessorMixin):
     def encode_prompts(self, views: list[list[tuple[Image.Image, bool]]], texts: list[str]) -> dict[str, np.ndarray]:
         """Turn pictures and instructions into the network's inputs.
 
+        Families with `takes_reasoning` are also given `reasonings`, for each sample a text, unchecked, or None.
+
         Args:
             views (`list[list[tuple]]`): for each sample and camera an RGB picture and whether it is there; one that is
                 missing is black.
             texts (`list[str]`): instructions, unchecked.
 
         Returns:
-            `dict[str, np.ndarray]`: inputs by name, padded on the right.
+            `dict[str, np.ndarray]`: inputs by name, padded.
 
         Raises:
-            ValueError: an instruction is no text, or holds tokens that control the model.
+            ValueError: an instruction or reasoning is no text, or holds tokens that control the model.
         """
 
     def __call__(
@@ -75,7 +77,7 @@ class ContinuousActionProcessor(ProcessorMixin):
         reasoning=None,
         return_tensors="pt",
     ) -> VLAFeatures:
-        """Prepare a batch, padded on the right, in training and inference alike.
+        """Prepare a batch, in training and inference alike.
 
         Args:
             images: one entry, or a list with one per sample: an image, where one camera is declared, else
@@ -89,13 +91,14 @@ class ContinuousActionProcessor(ProcessorMixin):
             unnorm_key (`str` or `list[str]`, *optional*): dataset of the samples; chooses statistics and cameras.
             intrinsics, depth: other families'; refused.
             reasoning (`str` or `list[str | None]`, *optional*): what the model is to say, or did, before it acts; one
-                for all or one per sample, None for a sample without any. Refused by families that say nothing.
+                for all or one per sample, None for a sample without any; blanks around it are dropped. Refused by
+                families that say nothing.
             return_tensors (`str`): `"pt"` or `"np"`.
 
         Returns:
-            [`~hf_vla.models.batches.VLAFeatures`] with the family's inputs and `state` `(batch_size, S)`; with
-            `actions` also `actions` `(batch_size, T, D)` and `action_mask` `(batch_size, T)`; states and actions
-            normalised, float32.
+            [`~hf_vla.models.batches.VLAFeatures`] with the family's inputs, `state` `(batch_size, S)` and what
+            `routing` says; with `actions` also `actions` `(batch_size, T, D)` and `action_mask` `(batch_size, T)`;
+            states and actions normalised, float32.
 
         Raises:
             ValueError: something is missing, not declared or not usable, no camera has a picture, or counts differ.
@@ -105,10 +108,12 @@ class ContinuousActionProcessor(ProcessorMixin):
             if value is not None:
                 raise ValueError(f"This model takes no {name}; leave `{name}` out.")
         images, texts, keys = per_sample(images, text, unnorm_key)
+        routing = self.routing(keys)
         views = [_views(sample, self.camera_specs(key)) for sample, key in zip(images, keys, strict=True)]
         if blind := [index for index, sample in enumerate(views) if not any(there for _, there in sample)]:
             raise ValueError(f"Expected a picture of at least one camera, got none for the samples {blind}.")
-        data = self.encode_prompts(views, texts, *([_reasonings(reasoning, texts)] if self.takes_reasoning else []))
+        reasonings = {"reasonings": _reasonings(reasoning, len(texts))} if self.takes_reasoning else {}
+        data = self.encode_prompts(views, texts, **reasonings)
         if self.action_codec.takes_state:
             data["state"] = self._states(state, keys)
         elif state is not None:
@@ -119,15 +124,19 @@ class ContinuousActionProcessor(ProcessorMixin):
             # Zero in robot units may be far from zero when it is normalised.
             data["actions"] = np.where(mask[..., None], np.stack(encoded), np.float32(0))
             data["action_mask"] = mask
-        features = VLAFeatures(data, tensor_type=return_tensors)
-        features.update(self.routing(keys))
-        return features
+        return VLAFeatures(data | routing, tensor_type=return_tensors)
 
     def routing(self, unnorm_keys: list[str | None]) -> dict[str, str]:
-        """Which part of the network a batch is for, by the model's own argument; nothing by default.
+        """Say which part of the network a batch is for.
 
         Args:
             unnorm_keys (`list[str | None]`): dataset of each sample.
+
+        Returns:
+            `dict[str, str]`: arguments of the model; none by default.
+
+        Raises:
+            ValueError: the batch is for several parts.
         """
         return {}
 
@@ -204,10 +213,11 @@ def dataset_cameras(
     return cameras.get(DEFAULT_CAMERAS, ())
 
 
-def _reasonings(reasoning, texts: list[str]) -> list[str | None]:
-    reasonings = [reasoning] * len(texts) if reasoning is None or isinstance(reasoning, str) else list(reasoning)
-    if len(reasonings) != len(texts):
-        raise ValueError(f"Got {len(reasonings)} reasonings for {len(texts)} samples: give one per sample, or one.")
+def _reasonings(reasoning, batch_size: int) -> list[str | None]:
+    one_for_all = reasoning is None or isinstance(reasoning, str)
+    reasonings = [reasoning] * batch_size if one_for_all else list(reasoning)
+    if len(reasonings) != batch_size:
+        raise ValueError(f"Got {len(reasonings)} reasonings for {batch_size} samples: give one per sample.")
     return reasonings
 
 

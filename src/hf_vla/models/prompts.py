@@ -2,7 +2,7 @@
 
 import copy
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -42,7 +42,6 @@ PROMPTS = {
 TILINGS = ("do_image_splitting", "crop_to_patches", "do_pan_and_scan")
 TILE_COUNTS = ("num_crops", "num_patches")
 PROMPT_KEYS = ("template", "image_prefix", "image_token", "image_suffix", "image_seq_length")
-TEXTS = ("template", "image_prefix", "image_suffix", "answer")
 
 
 class PromptProcessor(ContinuousActionProcessor):
@@ -62,7 +61,7 @@ class PromptProcessor(ContinuousActionProcessor):
         chat_template (`str`, *optional*): unused, kept for `ProcessorMixin`.
     """
 
-    prompt_keys = PROMPT_KEYS
+    own_prompt: ClassVar[dict[str, str]] = {}  # entries of prompt_config that a family alone has, by default
 
     def __init__(
         self,
@@ -75,7 +74,7 @@ class PromptProcessor(ContinuousActionProcessor):
         chat_template=None,
     ):
         self.prompt_config = prompt_config
-        _check_prompt(prompt_config, self.prompt_keys)
+        _check_prompt(prompt_config, (*PROMPT_KEYS, *self.own_prompt))
         super().__init__(image_processor, tokenizer, statistics, action_config, camera_config, chat_template)
         _check_tokens(prompt_config, tokenizer)
         self.image_token_id = token_id(tokenizer, prompt_config["image_token"])
@@ -90,22 +89,26 @@ class PromptProcessor(ContinuousActionProcessor):
         action_config: dict,
         camera_config: dict | None,
         prompt_config: dict | None = None,
+        **others,
     ):
         """Processor of a pretrained vision-language model, which keeps its image processing, tokens and prompt.
 
         Args:
             processor (`ProcessorMixin`): of the vision-language model, or anything else that has an `image_processor`
-                and a `tokenizer`; copied, not changed. A `PromptProcessor` keeps its prompt, too.
+                and a `tokenizer`; copied, not changed. A `PromptProcessor` keeps its prompt, too, without what only
+                its own family has.
             config (`PreTrainedConfig`): the family's, with the model's own `backbone_config`.
             statistics, action_config, camera_config (`dict`): see the class.
-            prompt_config (`dict`, *optional*): entries that replace those known for the model, see the class.
+            prompt_config (`dict`, *optional*): entries that replace those known for the model, see the class; in them
+                `{bos}` and `{eos}` stand for the tokenizer's.
+            others: what else the family's class takes.
 
         Raises:
             ValueError: the config's ids are not the tokenizer's, its sizes not those of the actions and states, or it
                 does not tell the prompt or the number of image tokens.
         """
-        own = getattr(processor, "prompt_config", _known_prompt(config))
-        prompt = {key: text for key, text in own.items() if key in cls.prompt_keys} | (prompt_config or {})
+        prompt = cls.own_prompt | getattr(processor, "prompt_config", _known_prompt(config))
+        prompt = {key: prompt[key] for key in (*PROMPT_KEYS, *cls.own_prompt) if key in prompt} | (prompt_config or {})
         if "template" not in prompt:
             raise ValueError(
                 f"No prompt is known for a backbone {config.backbone_config.model_type!r} with a language model "
@@ -116,12 +119,12 @@ class PromptProcessor(ContinuousActionProcessor):
         _take_pictures_whole(image_processor)
         for field in ("bos", "eos"):
             token = getattr(tokenizer, f"{field}_token") or ""
-            prompt |= {key: prompt[key].replace(f"{{{field}}}", token) for key in TEXTS if key in prompt}
+            prompt |= {key: text.replace(f"{{{field}}}", token) for key, text in _texts(prompt)}
         prompt["image_token"] = _image_token(tokenizer, config, prompt.get("image_token"))
         if "image_seq_length" not in prompt:
             prompt["image_seq_length"] = num_image_tokens(config.backbone_config)
         cls.complete_prompt(prompt, tokenizer, config)
-        made = cls(image_processor, tokenizer, statistics, action_config, camera_config, prompt)
+        made = cls(image_processor, tokenizer, statistics, action_config, camera_config, prompt, **others)
         made.check_sizes(config)
         return made
 
@@ -256,9 +259,13 @@ def _check_prompt(prompt: Any, known: tuple[str, ...]) -> None:
             raise ValueError(f"Expected {field} once in prompt_config['template'], got {prompt['template']!r}.")
 
 
+def _texts(prompt: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(key, text) for key, text in prompt.items() if isinstance(text, str)]
+
+
 def _check_tokens(prompt: dict[str, Any], tokenizer) -> None:
-    for name in TEXTS:
-        for token in re.findall(r"<[^<>\s]+>", prompt.get(name, "")):
+    for name, text in _texts(prompt):
+        for token in re.findall(r"<[^<>\s]+>", text):
             ids = tokenizer(token, add_special_tokens=False)["input_ids"]
             if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
                 raise ValueError(

@@ -323,7 +323,7 @@ CAMERA = {"name": "front", "width": 40, "height": 30}
         ),
         (
             {"prompt_config": {"template": "{images}{instruction}", "image_token": "<img>", "image_seq_length": 16}},
-            "The tokenizer has no token '<img>'",
+            "Expected <img> of prompt_config.'image_token'. to be one token",
         ),
     ],
 )
@@ -354,8 +354,10 @@ def test_an_instruction_cannot_fill_the_template(processor, inputs):
 
 def test_readout_tokens_end_the_prompt(make_processor, inputs):
     processor = make_processor(num_readout_tokens=3)
-    ids = processor(**inputs)["input_ids"]
-    assert ids[1, -3:].tolist() == [260, 261, 262] and processor.prompt_config["template"].endswith("<readout002>")
+    batch = processor(**inputs)
+    ids = batch["input_ids"]
+    assert ids[1, -3:].tolist() == [260, 261, 262] and batch["attention_mask"][1, -3:].all()
+    assert processor.prompt_config["readout"] == "<readout000><readout001><readout002>"
     with pytest.raises(ValueError, match=r"control tokens \['<readout001>'\]"):
         processor(**inputs | {"text": "push <readout001>"})
     again = make_processor(vlm=processor, num_readout_tokens=1)  # a new head on a TinyVLA's backbone

@@ -1,7 +1,7 @@
 """DiVLA processor: images of several cameras, prompt, reasoning, state and actions <-> tensors."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -11,9 +11,8 @@ from hf_vla.models.batches import as_numpy, check_words, padded
 from hf_vla.models.byte_tokenizer import byte_tokenizer
 from hf_vla.models.divla.configuration_divla import DiVLAConfig
 from hf_vla.models.outputs import VLAOutput
-from hf_vla.models.prompts import PROMPT_KEYS, PromptProcessor
+from hf_vla.models.prompts import PromptProcessor
 
-ANSWER = "{reasoning}Next action:{eos}"  # as published
 IGNORED = -100  # a label that no loss reads
 
 
@@ -21,15 +20,15 @@ class DiVLAProcessor(PromptProcessor):
     """[`~hf_vla.models.prompts.PromptProcessor`] behind whose prompts stands what the model says, padded on the left.
 
     Args:
-        prompt_config (`dict`): also `"answer"`, a text with `{reasoning}` that ends with the end token.
-        embodiments (`dict`, *optional*): `{unnorm_key: name}`, whose decoder a dataset's actions are for; needed where
-            the model has several.
+        prompt_config (`dict`): also `"answer"`, a text with `{reasoning}` that ends with its only end token.
+        embodiments (`dict`, *optional*): `{unnorm_key: name}`, the robot of every dataset; needed where there are
+            several.
         others: see [`~hf_vla.models.prompts.PromptProcessor`].
 
     Source: Diffusion-VLA, https://huggingface.co/papers/2412.03293
     """
 
-    prompt_keys = (*PROMPT_KEYS, "answer")
+    own_prompt: ClassVar[dict[str, str]] = {"answer": "{reasoning}Next action:{eos}"}  # as published
     takes_reasoning = True
 
     def __init__(
@@ -51,20 +50,28 @@ class DiVLAProcessor(PromptProcessor):
         if answer.count("{reasoning}") != 1:
             raise ValueError(f"Expected {{reasoning}} once in prompt_config['answer'], got {answer!r}.")
         self._opening, self._closing = answer.split("{reasoning}")
-        closing_ids = tokenizer(self._closing, add_special_tokens=False)["input_ids"]
-        if not closing_ids or closing_ids[-1] not in self._control_ids:
-            raise ValueError(f"Expected prompt_config['answer'] to end with an end token, got {answer!r}.")
-        self.end_token_id = closing_ids[-1]
-        if unknown := sorted(set(embodiments or {}) - set(self.action_codec.keys)):
-            raise ValueError(f"No statistics of {unknown} in embodiments; there are {self.action_codec.keys}.")
+        *others, self.end_token_id = self._ids(self._opening + self._closing) or [None]
+        if self.end_token_id not in self._control_ids or self.end_token_id in others:
+            raise ValueError(f"Expected prompt_config['answer'] to end with its only end token, got {answer!r}.")
+        if embodiments and sorted(embodiments) != self.action_codec.keys:
+            raise ValueError(
+                f"Expected embodiments to name the robot of each of {self.action_codec.keys}, got {embodiments}."
+            )
 
     @classmethod
-    def from_scratch(cls, config: DiVLAConfig, statistics: dict, action_config: dict, camera_config: dict):
+    def from_scratch(
+        cls,
+        config: DiVLAConfig,
+        statistics: dict,
+        action_config: dict,
+        camera_config: dict,
+        embodiments: dict | None = None,
+    ):
         """Processor of an untrained model: bytes as text tokens, images of at most 84 x 84 pixels.
 
         Args:
             config ([`DiVLAConfig`]): with the ids of the byte tokenizer, see the preset "tiny".
-            statistics, action_config, camera_config (`dict`): see the class.
+            statistics, action_config, camera_config, embodiments (`dict`): see the class.
 
         Raises:
             ValueError: the config's ids are not those of the byte tokenizer, or its backbone takes images in another
@@ -87,51 +94,50 @@ class DiVLAProcessor(PromptProcessor):
         processor = SimpleNamespace(image_processor=image_processor, tokenizer=tokenizer)
         # The published prompt without its system message and roles: bytes are many.
         prompt_config = {"template": "{images}{instruction}\n"}
-        return cls.from_backbone(processor, config, statistics, action_config, camera_config, prompt_config)
+        return cls.from_backbone(
+            processor, config, statistics, action_config, camera_config, prompt_config, embodiments=embodiments
+        )
 
     @classmethod
     def complete_prompt(cls, prompt: dict[str, Any], tokenizer, config: DiVLAConfig) -> None:
-        """Add the published answer, and check its end."""
-        prompt.setdefault("answer", ANSWER.replace("{eos}", tokenizer.eos_token or ""))
-        end = tokenizer(prompt["answer"], add_special_tokens=False)["input_ids"][-1]
-        if end != config.end_token_id:
+        """Leave the end to the answer: the prompt of a TinyVLA, which says nothing, has it already."""
+        prompt["template"] = prompt["template"].removesuffix(tokenizer.eos_token or "")
+
+    def check_sizes(self, config: DiVLAConfig) -> None:
+        """Check the end token, too; see the base class."""
+        super().check_sizes(config)
+        if self.end_token_id != config.end_token_id:
             raise ValueError(
                 f"Expected the answer to end with the token {config.end_token_id}, as config.end_token_id says, but "
-                f"{prompt['answer']!r} ends with {end}, {tokenizer.convert_ids_to_tokens(end)!r}: set one to the "
-                "other."
+                f"{self.prompt_config['answer']!r} ends with {self.end_token_id}: set one to the other."
             )
 
     def robot_sizes(self, config: DiVLAConfig, unnorm_key: str) -> tuple[int, int | None]:
-        """action_dim and state_dim of a dataset's embodiment."""
-        if not config.embodiments:
+        """action_dim and state_dim of a dataset's robot, as the model's configuration has them."""
+        known = config.embodiments or {}
+        names = [self.embodiments[unnorm_key]] if self.embodiments else list(known)
+        if not names:
             return super().robot_sizes(config, unnorm_key)
-        name = (self.embodiments or {}).get(unnorm_key)
-        if name is None and len(config.embodiments) == 1:
-            (name,) = config.embodiments
-        if name not in config.embodiments:
+        if len(names) > 1 or names[0] not in known:
             raise ValueError(
-                f"Expected embodiments to say which of {sorted(config.embodiments)} the dataset {unnorm_key!r} is of, "
-                f"got {name!r}."
+                f"Expected embodiments to name the robot of {unnorm_key!r} among those that the model knows, "
+                f"{sorted(known)}, got {self.embodiments}."
             )
-        return config.embodiments[name]["action_dim"], config.embodiments[name].get("state_dim")
+        return known[names[0]]["action_dim"], known[names[0]].get("state_dim")
 
     def routing(self, unnorm_keys: list[str | None]) -> dict[str, str]:
-        """The embodiment of a batch, where any are known.
-
-        Raises:
-            ValueError: the batch is of several.
-        """
+        """Name the robot of a batch, where embodiments do; see the base class."""
         if not self.embodiments:
             return {}
-        names = {self.embodiments.get(self.action_codec.resolve_key(key)) for key in unnorm_keys} - {None}
+        names = {self.embodiments[self.action_codec.resolve_key(key)] for key in unnorm_keys}
         if len(names) > 1:
             raise ValueError(f"Expected a batch of one embodiment, got {sorted(names)}: batch them apart.")
-        return {"embodiment": names.pop()} if names else {}
+        return {"embodiment": names.pop()}
 
     def encode_prompts(
         self, views: list[list[tuple[Image.Image, bool]]], texts: list[str], reasonings: list[str | None]
     ) -> dict[str, np.ndarray]:
-        """Fill and pad the prompts and what stands behind them.
+        """Fill and pad the prompts and what is said behind them.
 
         Args:
             views, texts: see [`~hf_vla.models.prompts.PromptProcessor.fill_prompts`].
@@ -146,9 +152,8 @@ class DiVLAProcessor(PromptProcessor):
         labels = [[IGNORED] * len(row) for row in rows]
         for reasoning, row, mask, label in zip(reasonings, rows, masks, labels, strict=True):
             if reasoning is not None:
-                check_words(reasoning, self.tokenizer, self._control_ids)
-                said = self._opening + reasoning.strip() + self._closing
-                ids = self.tokenizer(said, add_special_tokens=False)["input_ids"]
+                check_words(reasoning, self.tokenizer, self._control_ids, "a reasoning")
+                ids = self._ids(self._opening + reasoning.strip() + self._closing)
                 row += ids
                 label += ids
                 mask += [1] * len(ids)
@@ -175,12 +180,13 @@ class DiVLAProcessor(PromptProcessor):
                 f"Expected the output of predict_action, got a {type(output).__name__} without `reasoning_ids`: was "
                 "the reasoning given to it?"
             )
-        closing = self.tokenizer.decode(
-            self.tokenizer(self._closing, add_special_tokens=False)["input_ids"], skip_special_tokens=True
-        )
-        texts = []
-        for row in as_numpy(output.reasoning_ids):
-            ends = np.flatnonzero(row == self.end_token_id)
-            text = self.tokenizer.decode(row[: ends[0]] if len(ends) else row, skip_special_tokens=True)
-            texts.append(text.removeprefix(self._opening).removesuffix(closing))
-        return texts
+        opening, closing = (self._words(self._ids(text)) for text in (self._opening, self._closing))
+        rows = as_numpy(output.reasoning_ids)
+        rows = [row[: np.append(np.flatnonzero(row == self.end_token_id), len(row))[0]] for row in rows]
+        return [self._words(row).removeprefix(opening).removesuffix(closing) for row in rows]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _words(self, ids) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,7 +1,7 @@
 """TinyVLA processor: images of several cameras, prompt, state and actions <-> tensors; keeps every statistic."""
 
-import re
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -16,10 +16,12 @@ from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
 class TinyVLAProcessor(PromptProcessor):
     """[`~hf_vla.models.prompts.PromptProcessor`] whose prompts end with the readout tokens, padded on the right.
 
-    Arguments are that one's; the tokenizer also has the readout tokens.
+    Arguments are that one's; the tokenizer also has the readout tokens, which `prompt_config["readout"]` lists.
 
     Source: TinyVLA, https://huggingface.co/papers/2409.12514
     """
+
+    own_prompt: ClassVar[dict[str, str]] = {"readout": ""}
 
     @classmethod
     def from_scratch(cls, config: TinyVLAConfig, statistics: dict, action_config: dict, camera_config: dict):
@@ -50,9 +52,8 @@ class TinyVLAProcessor(PromptProcessor):
 
     @classmethod
     def complete_prompt(cls, prompt, tokenizer, config: TinyVLAConfig) -> None:
-        """Put the config's readout tokens at the end of the prompt, in place of another head's."""
-        readout = _add_readout_tokens(tokenizer, config)
-        prompt["template"] = re.sub(r"(<readout\d+>)*$", "", prompt["template"]) + readout
+        """Take the config's readout tokens, in place of another head's."""
+        prompt["readout"] = _add_readout_tokens(tokenizer, config)
 
     def encode_prompts(self, views: list[list[tuple[Image.Image, bool]]], texts: list[str]) -> dict[str, np.ndarray]:
         """Fill and pad the prompts; see [`~hf_vla.models.prompts.PromptProcessor.fill_prompts`].
@@ -62,6 +63,8 @@ class TinyVLAProcessor(PromptProcessor):
             `pixel_values` and whatever else the image processor makes.
         """
         data, rows, masks = self.fill_prompts(views, texts)
+        readout = self.tokenizer(self.prompt_config.get("readout", ""), add_special_tokens=False)["input_ids"]
+        rows, masks = [row + readout for row in rows], [mask + [1] * len(readout) for mask in masks]
         data["input_ids"], data["attention_mask"] = padded(rows, self.tokenizer.pad_token_id or 0), padded(masks, 0)
         return data
 
