@@ -7,7 +7,10 @@ from typing import Annotated
 import typer
 
 # what is converted: the module whose `translate` reads it
-CONVERTERS = {"tinyvla": "hf_vla.models.tinyvla.convert_tinyvla"}
+CONVERTERS = {
+    "divla": "hf_vla.models.divla.convert_divla",
+    "tinyvla": "hf_vla.models.tinyvla.convert_tinyvla",
+}
 
 
 def convert(

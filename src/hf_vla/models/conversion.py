@@ -5,6 +5,7 @@ A `convert_` file has a function `translate(folder, statistics, cameras, dtype) 
 """
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -203,6 +204,46 @@ def match_weights(
             f"Of another shape: {reshaped}."
         )
     return weights
+
+
+def expect(published: dict[str, Any], name: str, *expected: Any, place: str = "config.json") -> None:
+    """Check a field of a published configuration.
+
+    Raises:
+        ValueError: it is none of those expected.
+    """
+    if published.get(name) not in expected:
+        raise ValueError(
+            f"Expected {name} {' or '.join(map(repr, expected))} in {place}, came {published.get(name)!r}: "
+            "this converter knows no other."
+        )
+
+
+def fields(published: dict[str, Any], names: Sequence[str], place: str = "config.json") -> dict[str, Any]:
+    """Take fields of a published configuration.
+
+    Raises:
+        ValueError: some are missing.
+    """
+    if missing := [name for name in names if name not in published]:
+        raise ValueError(f"Expected {missing} in {place}; they are missing, and nothing else tells them.")
+    return {name: published[name] for name in names}
+
+
+def split_unused(
+    weights: dict[str, torch.Tensor], patterns: Sequence[str]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Part the weights that ours has no use for from the others.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): of the source.
+        patterns (`Sequence[str]`): regular expressions of whole names.
+
+    Returns:
+        `tuple`: the others, and the sorted names of those without use.
+    """
+    unused = sorted(name for name in weights if any(re.fullmatch(pattern, name) for pattern in patterns))
+    return {name: tensor for name, tensor in weights.items() if name not in unused}, unused
 
 
 def one_dtype(weights: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:

@@ -3,16 +3,13 @@
 Source: the published code of https://huggingface.co/papers/2409.12514
 """
 
-import re
 from collections.abc import Sequence
-from itertools import count, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
@@ -22,10 +19,24 @@ from transformers.image_utils import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava.processing_llava import LlavaProcessor
 
-from hf_vla.actions.normalization import TINYVLA_MARGIN
-from hf_vla.actions.spec import ActionSpec, CameraSpec, StateSpec
-from hf_vla.models.conversion import Conversion, match_weights, one_dtype, read_json, read_weights
-from hf_vla.models.processing import DEFAULT_CAMERAS
+from hf_vla.actions.spec import ActionSpec, StateSpec
+from hf_vla.models.conversion import (
+    Conversion,
+    expect,
+    fields,
+    match_weights,
+    one_dtype,
+    read_json,
+    read_weights,
+    split_unused,
+)
+from hf_vla.models.published import (
+    add_processor,
+    check_sizes,
+    no_processor,
+    source_tokenizer,
+    unet_head,
+)
 from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
 from hf_vla.models.tinyvla.modeling_tinyvla import TinyVLAForActionPrediction
 from hf_vla.models.tinyvla.processing_tinyvla import TinyVLAProcessor
@@ -68,15 +79,8 @@ PUBLISHED_SPECS = {
 UNNORM_KEY = "tinyvla"
 CAMERA_SIZE = (320, 180)  # pixels of the published training images
 NO_PROCESSOR = "There is no processor: the source has no tokenizer.json. Add GPT-NeoX's and convert again."
-NO_STATISTICS = (
-    "The processor has no statistics, so that it can neither normalise states nor decode actions: convert again with "
-    "--statistics, a JSON file with action_min, action_max, qpos_mean and qpos_std of the published dataset_stats.pkl."
-)
 NO_ACTION_HEAD = (
     "This is a vision-language model without an action head, now a Llava: name it as model.backbone of a recipe."
-)
-NO_CAMERAS = (
-    "The processor takes one image. If the checkpoint has several cameras, name them: --camera left --camera right."
 )
 
 
@@ -106,36 +110,34 @@ def translate(
             fit its actions.
     """
     published = read_json(folder / "config.json")
-    _expect(published, "model_type", "llava_pythia")
+    expect(published, "model_type", "llava_pythia")
     if "action_head_type" in published:
-        _expect(published, "action_head_type", "droid_diffusion")
+        expect(published, "action_head_type", "droid_diffusion")
     weights = read_weights(folder)
     if "action_head_type" not in published and LANGUAGE_HEAD in weights:
         return _language_model(folder, published, weights, bool(statistics or cameras), dtype)
-    _expect(published, "action_head_type", "droid_diffusion")
+    expect(published, "action_head_type", "droid_diffusion")
     tokenizer = _tokenizer(folder, published)
     backbone_config = _backbone_config(published, weights, tokenizer)
-    head_config, action_dim, state_dim = _head_config(weights)
-    for name, value in (("action_dim", action_dim), ("state_dim", state_dim)):
-        if published.get(name, value) != value:
-            raise ValueError(f"config.json says {name} {published[name]}, the weights say {value}.")
+    head_config, action_dim, state_dim = unet_head(weights, UNET)
+    check_sizes(published, {"action_dim": action_dim, "state_dim": state_dim})
     config = TinyVLAConfig(
         backbone_config=backbone_config,
         head_config=head_config,
         action_dim=action_dim,
         state_dim=state_dim,
-        chunk_size=_fields(published, ["chunk_size"])["chunk_size"],
+        chunk_size=fields(published, ["chunk_size"])["chunk_size"],
     )
     with torch.device("meta"):
         model = TinyVLAForActionPrediction(config)
     conversion = _conversion(model, published, weights, PREFIXES, dtype)
-    if tokenizer is not None:
-        conversion.processor = _processor(folder, config, tokenizer, statistics, cameras)
-        conversion.notes = [note for note, told in ((NO_STATISTICS, statistics), (NO_CAMERAS, cameras)) if not told]
-    elif statistics or cameras:
-        raise ValueError(f"Statistics and cameras are kept by the processor. {NO_PROCESSOR}")
+    if tokenizer is None:
+        no_processor(conversion, NO_PROCESSOR, statistics, cameras)
     else:
-        conversion.notes = [NO_PROCESSOR]
+        vision = model.backbone.config.vision_config
+        parts = SimpleNamespace(image_processor=_image_processor(folder, vision), tokenizer=tokenizer)
+        specs = PUBLISHED_SPECS if (action_dim, state_dim) == PUBLISHED_SIZES else None
+        add_processor(conversion, TinyVLAProcessor, parts, statistics, cameras, UNNORM_KEY, specs, CAMERA_SIZE)
     return conversion
 
 
@@ -166,8 +168,8 @@ def _language_model(folder, published, weights, for_robots, dtype):
 
 
 def _conversion(model, published, weights, prefixes, dtype):
-    dropped = sorted(name for name in weights if any(re.fullmatch(pattern, name) for pattern in DROPPED))
-    weights = one_dtype({name: tensor for name, tensor in weights.items() if name not in dropped}, dtype)
+    weights, dropped = split_unused(weights, DROPPED)
+    weights = one_dtype(weights, dtype)
     rows = model.config.get_text_config().vocab_size - published["vocab_size"]
     if EMBEDDING in weights:  # nothing reads the image placeholder's
         weights[EMBEDDING] = F.pad(weights[EMBEDDING], (0, 0, 0, rows))
@@ -176,26 +178,12 @@ def _conversion(model, published, weights, prefixes, dtype):
     return Conversion(model, weights, dropped=dropped)
 
 
-def _expect(published, name, *expected):
-    if published.get(name) not in expected:
-        raise ValueError(
-            f"Expected {name} {' or '.join(map(repr, expected))} in config.json, came {published.get(name)!r}: "
-            "this converter knows no other."
-        )
-
-
-def _fields(published, names, place="config.json"):
-    if missing := [name for name in names if name not in published]:
-        raise ValueError(f"Expected {missing} in {place}; they are missing, and nothing else tells them.")
-    return {name: published[name] for name in names}
-
-
 def _backbone_config(published, weights, tokenizer):
     for name, *expected in (("concat", "token_cat", "None"), ("mm_use_im_start_end", False), ("rope_scaling", None)):
         if name in published:
-            _expect(published, name, *expected)
-    text = _fields(published, TEXT_FIELDS)
-    rope = _fields(published, ["rotary_emb_base", "rotary_pct"])
+            expect(published, name, *expected)
+    text = fields(published, TEXT_FIELDS)
+    rope = fields(published, ["rotary_emb_base", "rotary_pct"])
     image_token_id = text["vocab_size"] if tokenizer is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     text["vocab_size"] = max(text["vocab_size"], image_token_id + 1)
     text["rope_parameters"] = {
@@ -205,7 +193,7 @@ def _backbone_config(published, weights, tokenizer):
     }
     return {
         "model_type": "llava",
-        **_vision_options(_fields(published, ["vision_config"])["vision_config"], weights),
+        **_vision_options(fields(published, ["vision_config"])["vision_config"], weights),
         "text_config": {"model_type": "gpt_neox", **text},
         "image_token_index": image_token_id,
     }
@@ -213,11 +201,11 @@ def _backbone_config(published, weights, tokenizer):
 
 def _vision_options(published, weights):
     """Llava's options that concern images; the model type is CLIP's in both kinds of config.json."""
-    parts = _fields(published, ["vision_tower", "mm_projector"], "vision_config")
-    _expect(parts["mm_projector"], "mm_projector_type", "mlp2x_gelu")
+    parts = fields(published, ["vision_tower", "mm_projector"], "vision_config")
+    expect(parts["mm_projector"], "mm_projector_type", "mlp2x_gelu")
     tower = parts["vision_tower"]
-    _expect(tower, "mm_vision_select_feature", "patch", "cls_patch")
-    vision = _fields(tower, VISION_FIELDS, "vision_config.vision_tower")
+    expect(tower, "mm_vision_select_feature", "patch", "cls_patch")
+    vision = fields(tower, VISION_FIELDS, "vision_config.vision_tower")
     num_patches = (vision["image_size"] // vision["patch_size"]) ** 2
     if VISION + "embeddings.class_embedding" in weights:
         vision["model_type"] = "clip_vision_model"
@@ -228,45 +216,17 @@ def _vision_options(published, weights):
         strategy, length = "full", num_patches
     return {
         "vision_config": vision,
-        "vision_feature_layer": _fields(tower, ["mm_vision_select_layer"], "vision_tower")["mm_vision_select_layer"],
+        "vision_feature_layer": fields(tower, ["mm_vision_select_layer"], "vision_tower")["mm_vision_select_layer"],
         "vision_feature_select_strategy": strategy,
         "image_seq_length": length,
     }
 
 
-def _head_config(weights):
-    """The head's options, action_dim and state_dim, from the shapes of the UNet's weights."""
-
-    def shape(name):
-        if UNET + name not in weights:
-            raise ValueError(f"Expected the diffusion head's weight {UNET + name} in the source; it is missing.")
-        return weights[UNET + name].shape
-
-    levels = takewhile(
-        lambda name: UNET + name in weights,
-        (f"down_modules.{level}.0.blocks.0.block.0.weight" for level in count()),
-    )
-    feature_dim, joined_dim = shape("combine.weight")
-    denoiser = {
-        "type": "conditional_unet1d",
-        "down_dims": [shape(name)[0] for name in levels],
-        "diffusion_step_embed_dim": shape("diffusion_step_encoder.1.weight")[1],
-        "kernel_size": shape("final_conv.0.block.0.weight")[2],
-        "timestep_embedding_dtype": "bfloat16",
-    }
-    head_config = {"type": "diffusion", "denoiser": denoiser}
-    return head_config, shape("final_conv.1.weight")[0], joined_dim - feature_dim
-
-
 def _tokenizer(folder, published):
     """The source's tokenizer with the image placeholder, or None."""
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    vocab_size = _fields(published, ["vocab_size"])["vocab_size"]
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    if len(tokenizer) > vocab_size:
-        raise ValueError(f"The source's tokenizer has {len(tokenizer)} tokens, its config.json only {vocab_size}.")
-    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    tokenizer = source_tokenizer(folder, fields(published, ["vocab_size"])["vocab_size"])
+    if tokenizer is not None:
+        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     return tokenizer
 
 
@@ -286,33 +246,3 @@ def _image_processor(folder, vision):
         image_mean=list(mean),
         image_std=list(std),
     )
-
-
-def _processor(folder, config, tokenizer, statistics, cameras):
-    action_config = {
-        "chunk_size": config.chunk_size,
-        "normalization": {"mode": "min_max", "clip": False, "convention": "tinyvla"},
-        "state_normalization": {"mode": "mean_std", "clip": False, "convention": "tinyvla"},
-    }
-    if statistics is not None and (config.action_dim, config.state_dim) == PUBLISHED_SIZES:
-        action_config["specs"] = {UNNORM_KEY: PUBLISHED_SPECS}
-    specs = [CameraSpec(name, *CAMERA_SIZE).to_dict() for name in cameras]
-    return TinyVLAProcessor.from_backbone(
-        SimpleNamespace(
-            image_processor=_image_processor(folder, config.backbone_config.vision_config), tokenizer=tokenizer
-        ),
-        config,
-        None if statistics is None else {UNNORM_KEY: _statistics(statistics)},
-        action_config,
-        {DEFAULT_CAMERAS: specs} if specs else None,
-    )
-
-
-def _statistics(published):
-    entries = _fields(published, ["action_min", "action_max", "qpos_mean", "qpos_std"], "the statistics")
-    # The published file holds the margin already, which our normalisation adds; a constant dimension has nothing else.
-    low, high = np.asarray(entries["action_min"]) + TINYVLA_MARGIN, np.asarray(entries["action_max"]) - TINYVLA_MARGIN
-    return {
-        "action": {"min": np.minimum(low, high).tolist(), "max": np.maximum(low, high).tolist()},
-        "state": {"mean": entries["qpos_mean"], "std": entries["qpos_std"]},
-    }
