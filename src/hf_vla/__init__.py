@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from hf_vla.actions.spec import GripperSpec as GripperSpec
     from hf_vla.actions.spec import StateSpec as StateSpec
     from hf_vla.data.lerobot import LeRobotEpisodes as LeRobotEpisodes
+    from hf_vla.models.divla.configuration_divla import DiVLAConfig as DiVLAConfig
+    from hf_vla.models.divla.modeling_divla import DiVLAForActionPrediction as DiVLAForActionPrediction
+    from hf_vla.models.divla.processing_divla import DiVLAProcessor as DiVLAProcessor
     from hf_vla.models.outputs import VLAOutput as VLAOutput
     from hf_vla.models.pi0_vla.configuration_pi0_vla import PI0VLAConfig as PI0VLAConfig
     from hf_vla.models.pi0_vla.modeling_pi0_vla import PI0VLAForActionPrediction as PI0VLAForActionPrediction
@@ -36,6 +39,9 @@ _MODULES = {
     "ActionCodec": "hf_vla.actions.codec",
     "ActionSpec": "hf_vla.actions.spec",
     "CameraSpec": "hf_vla.actions.spec",
+    "DiVLAConfig": "hf_vla.models.divla.configuration_divla",
+    "DiVLAForActionPrediction": "hf_vla.models.divla.modeling_divla",
+    "DiVLAProcessor": "hf_vla.models.divla.processing_divla",
     "GripperSpec": "hf_vla.actions.spec",
     "LeRobotEpisodes": "hf_vla.data.lerobot",
     "PI0VLAConfig": "hf_vla.models.pi0_vla.configuration_pi0_vla",

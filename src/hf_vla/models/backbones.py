@@ -9,6 +9,9 @@ from transformers.configuration_utils import PreTrainedConfig
 
 # of the vision towers whose tokens can be counted
 _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+_TOKEN_TYPES = {"token_type_ids", "mm_token_type_ids"}
+# fields of language models by which some backbones change what their language head returns
+_LOGIT_CHANGES = ("logit_scale", "logits_scaling", "output_multiplier", "unpadded_vocab_size")
 
 
 def backbone_inputs(backbone: PreTrainedModel) -> set[str]:
@@ -17,18 +20,52 @@ def backbone_inputs(backbone: PreTrainedModel) -> set[str]:
     return {each.name for each in parameters if each.kind != each.VAR_KEYWORD} - {"use_cache", "past_key_values"}
 
 
-def check_length(text_config, length: int) -> None:
-    """Raise where a prompt is longer than the backbone has positions for.
+def check_length(text_config, length: int, num_new_tokens: int = 0) -> None:
+    """Raise where a prompt, and what is to come behind it, is longer than the backbone has positions for.
 
     Raises:
         ValueError: it is.
     """
     longest = getattr(text_config, "max_position_embeddings", None)
-    if longest is not None and length > longest:
+    if longest is not None and length + num_new_tokens > longest:
+        room = f" beside {num_new_tokens} to be generated" if num_new_tokens else ""
         raise ValueError(
-            f"Expected prompts of at most {longest} tokens, for which the backbone has positions, got "
-            f"{length}: shorten the instruction, or look through fewer cameras."
+            f"Expected prompts of at most {longest - num_new_tokens} tokens, for which the backbone has positions"
+            f"{room}, got {length}: shorten the instruction, or look through fewer cameras."
         )
+
+
+def check_generation(model: PreTrainedModel) -> None:
+    """Raise where a model's base model and language head are not all that it takes to generate tokens, one by one.
+
+    Args:
+        model (`PreTrainedModel`): an image-text-to-text model with its language head.
+
+    Raises:
+        ValueError: they are not; the text says why.
+    """
+    if obstacle := _obstacle(model):
+        name = model.config.model_type
+        raise ValueError(f"Expected a backbone that can be made to reason, as Qwen2-VL can, but {name!r} {obstacle}.")
+
+
+def _obstacle(model: PreTrainedModel) -> str | None:
+    base = model.base_model
+    if base is model or model.get_output_embeddings() is None:
+        return "has no language head of its own behind a base model"
+    names = set(inspect.signature(base.forward).parameters)
+    if model.config.is_encoder_decoder or not {"past_key_values", "position_ids"} <= names:
+        return "is an encoder with a decoder, or takes no position_ids"
+    if strange := sorted(name for name in names - _TOKEN_TYPES if "token_type" in name):
+        return f"wants to know {strange} of its tokens"
+    count = getattr(base, "get_rope_index", None)
+    if count is not None and not {"mm_token_type_ids", "image_grid_thw"} <= set(inspect.signature(count).parameters):
+        return "counts positions in a way of its own"
+    text_config = model.config.get_text_config()
+    changes = {name: getattr(text_config, name, None) for name in _LOGIT_CHANGES}
+    if changes := {name: value for name, value in changes.items() if value not in (None, 1.0)}:
+        return f"may change its logits by {changes}; set that to 1 or None in text_config, if it does not"
+    return None
 
 
 def token_types(
@@ -79,7 +116,7 @@ def token_positions(
         # Left to itself, the backbone would drop the tokens of a missing camera, but not the camera's grid.
         positions, _ = backbone.get_rope_index(
             input_ids,
-            is_image.int(),
+            mm_token_type_ids=is_image.int(),
             image_grid_thw=others["image_grid_thw"],
             attention_mask=in_prompt.long(),
         )

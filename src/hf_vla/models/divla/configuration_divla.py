@@ -31,7 +31,6 @@ def _published(size: str) -> dict[str, Any]:
         "num_key_value_heads": num_key_value_heads,
         "rms_norm_eps": 1e-6,  # the configuration's own default is another
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]},
-        "tie_word_embeddings": size == "2b",
     }
     vision_config = {"depth": 32, "embed_dim": 1280, "hidden_size": hidden_size, "num_heads": 16, "mlp_ratio": 4}
     return {"text_config": text_config, "vision_config": vision_config, "tie_word_embeddings": size == "2b"}
@@ -51,7 +50,6 @@ _TINY = {
             "num_key_value_heads": 2,
             "max_position_embeddings": 2048,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-            "tie_word_embeddings": True,
         },
         "tie_word_embeddings": True,
         "image_token_id": 259,
@@ -89,7 +87,7 @@ class DiVLAConfig(PreTrainedConfig):
         latent_dim (`int`, *optional*): the head denoises latents of this size, which a decoder for each embodiment
             turns into actions; None: it denoises actions.
         embodiments (`dict`, *optional*): with `latent_dim`, `{name: {"action_dim": ..., "state_dim": ...}}` (by
-            default `"default"`, of this configuration's sizes).
+            default `"default"`, of this configuration's sizes; a `state_dim` that is left out is also this one's).
 
     Source: Diffusion-VLA, https://huggingface.co/papers/2412.03293
     """
@@ -134,8 +132,11 @@ class DiVLAConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.architectures = self.architectures or ["DiVLAForActionPrediction"]
         self.head_config = {"type": "diffusion"} if self.head_config is None else self.head_config
-        if self.latent_dim is not None and self.embodiments is None:
-            self.embodiments = {"default": {"action_dim": self.action_dim, "state_dim": self.state_dim}}
+        if self.latent_dim is not None and not self.embodiments:
+            self.embodiments = {"default": {"action_dim": self.action_dim}}
+        if self.embodiments:
+            default = {"state_dim": self.state_dim}
+            self.embodiments = {name: default | sizes for name, sizes in self.embodiments.items()}
 
     def validate_architecture(self):
         """Check that sizes are positive, ids in the vocabulary, and embodiments well described.
@@ -169,8 +170,18 @@ class DiVLAConfig(PreTrainedConfig):
 
     @property
     def image_token_id(self) -> int:
-        """Id of the backbone's image placeholder."""
-        return self.backbone_config.image_token_id
+        """Id of the backbone's image placeholder.
+
+        Raises:
+            ValueError: the backbone has none.
+        """
+        image_token_id = getattr(self.backbone_config, "image_token_id", None)
+        if image_token_id is None:
+            raise ValueError(
+                "Expected a backbone whose configuration has an image_token_id, as Qwen2-VL's has, got "
+                f"{self.backbone_config.model_type!r}."
+            )
+        return image_token_id
 
 
 def check_embodiment(name: str, embodiment: dict[str, Any]) -> None:
@@ -182,8 +193,8 @@ def check_embodiment(name: str, embodiment: dict[str, Any]) -> None:
     if not name or "." in name:
         raise ValueError(f"Expected an embodiment's name to be a word without points, got {name!r}.")
     refuse_unknown(f"The embodiment {name!r}", embodiment, EMBODIMENT_FIELDS)
-    sizes = [embodiment.get(field) for field in EMBODIMENT_FIELDS]
-    if any(type(size) is not int or size < 1 for size in sizes[: 1 + (sizes[1] is not None)]):
+    action_dim, state_dim = (embodiment.get(field) for field in EMBODIMENT_FIELDS)
+    if any(type(size) is not int or size < 1 for size in (action_dim, 1 if state_dim is None else state_dim)):
         raise ValueError(
             f"Expected an action_dim of 1 or more of the embodiment {name!r}, and a state_dim of 1 or more or None, "
             f"got {embodiment}."

@@ -14,15 +14,18 @@ from transformers import AutoModelForImageTextToText
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
 from hf_vla.actions.heads.base import check_finite
+from hf_vla.actions.heads.networks.condition import check_mask
 from hf_vla.actions.heads.networks.film import ReasoningFiLM
 from hf_vla.actions.heads.networks.latent import Embodiment
 from hf_vla.actions.heads.registry import build_action_head
-from hf_vla.models.backbones import backbone_inputs, check_length, token_positions, token_types
+from hf_vla.models.backbones import backbone_inputs, check_generation, check_length, token_positions, token_types
 from hf_vla.models.base import VLAPreTrainedModel
 from hf_vla.models.divla.configuration_divla import DiVLAConfig, check_embodiment
 from hf_vla.models.outputs import VLAOutput
 
 IGNORED = -100  # a label that no loss reads
+# inputs of a backbone that are counted here, where missing cameras and reasonings are known
+_COUNTED = {"position_ids", "token_type_ids", "mm_token_type_ids"}
 
 
 class Encoding(NamedTuple):
@@ -69,7 +72,8 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
     def __init__(self, config: DiVLAConfig):
         super().__init__(config)
         self.backbone = AutoModelForImageTextToText.from_config(config.backbone_config)
-        self._backbone_inputs = backbone_inputs(self.backbone.base_model)
+        check_generation(self.backbone)
+        self._backbone_inputs = backbone_inputs(self.backbone.base_model) - _COUNTED
         hidden_size = config.get_text_config().hidden_size
         self.film = ReasoningFiLM(hidden_size) if config.use_film else None
         self.action_head = build_action_head(
@@ -98,8 +102,12 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
         self.backbone.set_input_embeddings(value)
 
     def get_output_embeddings(self):
-        """The backbone's."""
+        """The backbone's language head."""
         return self.backbone.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings):
+        """Replace the backbone's language head."""
+        self.backbone.set_output_embeddings(new_embeddings)
 
     def add_embodiment(self, name: str, action_dim: int, state_dim: int | None = None) -> Embodiment:
         """Give the model a further robot: its own decoder behind the shared action head.
@@ -174,6 +182,7 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
             ValueError: a prompt is too long, or the backbone knows no input of that name.
         """
         others = self.check_inputs("encode", others, self._backbone_inputs)
+        check_length(self.config.get_text_config(), input_ids.shape[1])
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         is_reasoning = _reasoning(input_ids, labels)
@@ -204,21 +213,25 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
             with the end token, which also fills the places behind it.
 
         Raises:
-            ValueError: see `encode`.
+            ValueError: the limit is negative, or a training with activation checkpointing is under way; see also
+                `encode`.
         """
         others = self.check_inputs("reason", others, self._backbone_inputs)
         limit = self.config.max_reasoning_tokens if max_reasoning_tokens is None else max_reasoning_tokens
-        check_length(self.config.get_text_config(), input_ids.shape[1] + limit)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        if limit < 0:
+            raise ValueError(f"Expected max_reasoning_tokens of 0 or more, got {limit}.")
+        if self.training and self.is_activation_checkpointing:
+            raise ValueError("Expected a model that keeps its past: with activation checkpointing, call eval() first.")
+        check_length(self.config.get_text_config(), input_ids.shape[1], limit)
+        input_ids, attention_mask = self._pad_left(input_ids, attention_mask)
         outputs, places = self._prefill(input_ids, attention_mask, pixel_values, None, others, use_cache=True)
         states, mask = [outputs.last_hidden_state], attention_mask.bool()
-        last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(-1)
-        state = states[0][torch.arange(len(mask), device=mask.device), last]
+        state = states[0][torch.arange(len(mask), device=mask.device), _last_real(mask)[:, -1]]
         end, ids, active = self.config.end_token_id, [], mask.new_ones(len(mask))
         while len(ids) < limit and active.any():
-            token = self._logits(state).argmax(-1)
-            ids.append(token.where(active & (len(ids) + 1 < limit), end))
+            logits = self._logits(state)
+            logits[:, self.config.image_token_id] = -torch.inf  # which stands for pictures alone
+            ids.append(logits.argmax(-1).where(active & (len(ids) + 1 < limit), end))
             mask = torch.cat([mask, active[:, None]], 1)
             outputs = self.backbone.base_model(
                 input_ids=ids[-1][:, None],
@@ -233,9 +246,16 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
         reasoning_ids = torch.stack(ids, 1) if ids else input_ids[:, :0]
         return Encoding(torch.cat(states, 1), mask, is_reasoning), reasoning_ids
 
+    def _pad_left(self, input_ids, attention_mask):
+        """Prompts behind which a reasoning can stand: some backbones count the tokens in between, padding or not."""
+        if attention_mask is None:
+            return input_ids, torch.ones_like(input_ids)
+        in_prompt = attention_mask.bool() | (input_ids == self.config.image_token_id)
+        order = in_prompt.int().argsort(dim=-1, stable=True)
+        return input_ids.gather(1, order), attention_mask.gather(1, order)
+
     def _prefill(self, input_ids, attention_mask, pixel_values, is_reasoning, others, use_cache):
         """Outputs of the backbone, and the place behind each prompt, shaped as its `position_ids` of one token."""
-        check_length(self.config.get_text_config(), input_ids.shape[1])
         backbone, is_image = self.backbone.base_model, input_ids == self.config.image_token_id
         in_prompt = attention_mask.bool() | is_image  # a missing camera keeps its place
         places = token_positions(backbone, input_ids, in_prompt, is_image, others)
@@ -298,7 +318,8 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
             `hidden_states`, those of prompt and reasoning.
 
         Raises:
-            ValueError: there are no actions, or the embodiment is unknown; see also `encode`.
+            ValueError: there are no actions, the embodiment is unknown or has other sizes, or the head would learn
+                latents that its samples are clipped short of; see also `encode`.
         """
         if actions is None:
             raise ValueError("Expected `actions` to learn from; to predict some, call predict_action.")
@@ -307,25 +328,49 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
         others = self.check_inputs("forward", others, self._backbone_inputs)
         robot = self._embodiment(embodiment)
         encoding = self.encode(input_ids, attention_mask, pixel_values, labels, **others)
-        parts = {"ntp_loss": self._ntp_loss(encoding.hidden_states, labels)}
+        parts = {"ntp_loss": self._ntp_loss(encoding, labels)}
         if robot is not None:
+            check_mask("action_mask", action_mask)
+            actions = actions.masked_fill(~action_mask[..., None], 0.0)  # NaN there would reach the gradients
             parts["reconstruction_loss"] = robot.decoder.reconstruction_loss(actions, action_mask)
-            actions, state = robot.decoder.inverse(actions), robot.encode_state(state)
+            latents, state = robot.decoder.inverse(actions), robot.encode_state(state)
             if any(parameter.requires_grad for parameter in self.action_head.parameters()):
                 # Latents that learn would learn to be easily denoised. Before a frozen head, they learn its language.
-                actions = actions.detach()
+                latents = latents.detach()
+                self._check_bound(latents, actions)
+            elif latents.requires_grad and not self.action_head.differentiable:
+                raise ValueError(
+                    f"Expected an action head behind which an embodiment can learn, got a "
+                    f"{type(self.action_head).__name__}, whose loss has no gradient for latents: take another head."
+                )
+            else:
+                parts["volume_loss"] = robot.decoder.volume_loss()
+            actions = latents
         features, mask = self.condition(encoding)
         parts["diffusion_loss"] = self.action_head.loss(features, mask, actions, action_mask, state, generator).mean()
         weights = {"ntp_loss": self.config.ntp_loss_weight}
         loss = sum(weights.get(name, 1.0) * part for name, part in parts.items())
+        parts.pop("volume_loss", None)
         return VLAOutput(loss=loss, hidden_states=(encoding.hidden_states,), **parts)
 
-    def _ntp_loss(self, states, labels):
-        chosen = None if labels is None else labels[:, 1:] != IGNORED
-        if chosen is None or not chosen.any():
-            return states.new_zeros((), dtype=torch.float32)
+    def _check_bound(self, latents, actions):
+        """Raise where latents leave what the head can sample, and the actions do not."""
+        largest = latents.abs().max()
+        if largest > max(self.action_head.bound, actions.abs().max()) + 1e-3:
+            raise ValueError(
+                f"Expected latents in [-{self.action_head.bound:g}, {self.action_head.bound:g}], which this action "
+                f"head's samples are clipped to, got {largest:.3g}: give its scheduler a larger clip_sample_range "
+                "(2 is ample), take another head, or let the embodiment's decoder.reset_parameters()."
+            )
+
+    def _ntp_loss(self, encoding, labels):
+        states, mask, _ = encoding
+        labels = mask.new_full(mask.shape, IGNORED, dtype=torch.long) if labels is None else labels
         # of the few that are needed: a vocabulary's worth of logits for every token would fill the memory
-        return F.cross_entropy(self._logits(states[:, :-1][chosen]), labels[:, 1:][chosen])
+        rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        logits = self._logits(states[rows, _last_real(mask)[rows, columns]])
+        # A sum over none is 0 with gradients of 0, for which distributed training waits.
+        return F.cross_entropy(logits, labels[rows, columns + 1], reduction="sum") / max(len(rows), 1)
 
     def _logits(self, states):
         logits = self.get_output_embeddings()(states).float()
@@ -372,6 +417,7 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
         robot = self._embodiment(embodiment)
         if labels is not None and reasoning_ids is not None:
             raise ValueError("Expected one reasoning, as labels or as reasoning_ids, got both.")
+        generated = labels is None
         if reasoning_ids is not None:
             input_ids, attention_mask, labels = self._append(input_ids, attention_mask, reasoning_ids)
         if labels is not None:
@@ -380,8 +426,8 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
             encoding, reasoning_ids = self.reason(
                 input_ids, attention_mask, pixel_values, max_reasoning_tokens, **others
             )
-            if not self.config.film_end_token:
-                encoding = _without_end(encoding)
+        if generated and not self.config.film_end_token:
+            encoding = _without_end(encoding)
         features, mask = self.condition(encoding)
         if robot is not None:
             state = robot.encode_state(state)
@@ -395,9 +441,13 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
         """Prompts with a reasoning behind them; nothing is real behind its first end token."""
         if len(reasoning_ids) != len(input_ids):
             raise ValueError(f"Got {len(input_ids)} prompts and {len(reasoning_ids)} reasonings: give one for each.")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
         is_end = reasoning_ids == self.config.end_token_id
+        if reasoning_ids.shape[1] and not is_end.any(-1).all():
+            raise ValueError(
+                f"Expected every reasoning to end with the token {self.config.end_token_id}: give reasoning_ids as an "
+                "earlier output had them, or a text as `reasoning` to the processor."
+            )
+        input_ids, attention_mask = self._pad_left(input_ids, attention_mask)
         mask = is_end.cumsum(-1) - is_end.long() == 0
         labels = torch.cat([torch.full_like(input_ids, IGNORED), reasoning_ids.masked_fill(~mask, IGNORED)], 1)
         attention_mask = torch.cat([attention_mask, mask.to(attention_mask.dtype)], 1)
@@ -407,6 +457,11 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
 def _reasoning(input_ids: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
     """True from the first label on."""
     return torch.zeros_like(input_ids, dtype=torch.bool) if labels is None else (labels != IGNORED).cumsum(-1) > 0
+
+
+def _last_real(mask: torch.Tensor) -> torch.Tensor:
+    """Where, up to each token, the last real one is: it says the next, even if a missing camera is in between."""
+    return torch.where(mask, torch.arange(mask.shape[1], device=mask.device), 0).cummax(-1).values
 
 
 def _without_end(encoding: Encoding) -> Encoding:
