@@ -54,3 +54,36 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     )
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def reasoning_checkpoint(tmp_path_factory) -> Path:
+    """A saved, untrained tiny DiVLA for both cameras of `demos`: it says up to 7 tokens, others for other pictures."""
+    import torch
+
+    from hf_vla.actions.spec import CameraSpec
+    from hf_vla.models.divla.configuration_divla import DiVLAConfig
+    from hf_vla.models.divla.modeling_divla import DiVLAForActionPrediction
+    from hf_vla.models.divla.processing_divla import DiVLAProcessor
+
+    # a regression starts from no noise
+    config = DiVLAConfig.from_preset(
+        "tiny", head_config={"type": "regression"}, action_dim=7, state_dim=None, chunk_size=4, max_reasoning_tokens=8
+    )
+    torch.manual_seed(0)
+    model = DiVLAForActionPrediction(config)
+    with torch.no_grad():
+        for parameter in model.backbone.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5.0)
+        for parameter in model.film.parameters():  # which the reasoning would not modulate at first
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    folder = tmp_path_factory.mktemp("reasoning")
+    model.save_pretrained(folder)
+    action_config = {"chunk_size": 4, "normalization": {"mode": "identity", "clip": False, "convention": "lerobot"}}
+    limits = {"min": [-1.0] * 7, "max": [1.0] * 7}
+    cameras = [CameraSpec(name, 96, 96).to_dict() for name in ("agentview", "wrist")]
+    DiVLAProcessor.from_scratch(
+        config, {"robosuite": {"action": limits}}, action_config, {"robosuite": cameras}
+    ).save_pretrained(folder)
+    return folder

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from hf_vla.actions.chunking import RecedingHorizon, TemporalEnsembler
+from hf_vla.actions.spec import whole_number
 
 IMAGES = "observation.images."
 DEPTH = "observation.depth."
@@ -20,6 +21,10 @@ class Policy:
 
     The model predicts a chunk of actions. By default `n_action_steps` of it are executed before the next prediction;
     with `ensemble_coefficient` every step predicts, and all predictions made for it are averaged.
+
+    A model that reasons in words does so before every prediction, which takes much of the time; with
+    `reasoning_interval` it acts several times under what it said. `policy.reasoning` is the text under which the last
+    prediction was made; None before the first, and for families that say nothing.
 
     ```python
     policy = Policy.from_pretrained("outputs/demo/model")
@@ -36,10 +41,11 @@ class Policy:
         seed (`int`, *optional*): makes heads that draw noise repeatable: every episode, from `reset` on, draws the
             same.
         num_inference_steps (`int`, *optional*): of heads that denoise; the checkpoint's own by default.
+        reasoning_interval (`int`, defaults to 1): predictions made under one reasoning, the first of them included.
 
     Raises:
-        ValueError: the processor knows no actions, the key is unknown or missing, or both ways of executing a chunk
-            are asked for.
+        ValueError: the processor knows no actions, the key is unknown or missing, both ways of executing a chunk are
+            asked for, or an interval of a model that does not reason.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class Policy:
         ensemble_coefficient=None,
         seed=None,
         num_inference_steps=None,
+        reasoning_interval=1,
     ):
         if not hasattr(processor, "action_codec"):
             raise ValueError(
@@ -60,6 +67,12 @@ class Policy:
         if n_action_steps is not None and ensemble_coefficient is not None:
             raise ValueError(
                 "Give n_action_steps or ensemble_coefficient, not both: ensembling predicts at every step."
+            )
+        self.takes_reasoning = getattr(processor, "takes_reasoning", False)
+        self._reasoning_interval = whole_number(reasoning_interval, "reasoning_interval")
+        if self._reasoning_interval > 1 and not self.takes_reasoning:
+            raise ValueError(
+                f"This model does not reason: leave reasoning_interval out, came {self._reasoning_interval}."
             )
         self.model, self.processor = model.eval(), processor
         codec = processor.action_codec
@@ -104,39 +117,55 @@ class Policy:
         return cls(model, processor, unnorm_key, **options)
 
     def reset(self):
-        """Forget earlier predictions and draw from the seed anew; call it when an episode starts."""
-        self._task = None
+        """Forget predictions and reasoning and draw from the seed anew; call it when an episode starts."""
+        self._goal = self.reasoning = None
+        self._recalled = []  # (task, ids) of the last reasoning, once for each prediction that is still due under it
         if self._seed is not None:
             self._options["generator"].manual_seed(self._seed)
         self._horizon.reset()
         if self._ensembler is not None:
             self._ensembler.reset()
 
-    def predict_chunk(self, observation):
-        """Predict the next actions; keeps nothing but the place among the seed's random numbers.
+    def predict_chunk(self, observation, reasoning=None):
+        """Predict the next actions; keeps the reasoning and the place among the seed's random numbers, no actions.
 
         Args:
             observation (`dict`): `observation.images.<camera>` (H, W, 3) uint8 (or whatever the processor takes) of
                 every camera that the checkpoint declares. None where one of several is missing: a family of several
                 cameras masks it, which its network knows only if pictures were missing in training. Also `task`, and
                 what the checkpoint declares of `observation.state` (S,) and `observation.depth.<camera>`
-                (H, W) in metres. Other entries are ignored.
+                (H, W) in metres. Other entries are ignored, a dataset's reasoning among them.
+            reasoning (`str`, *optional*): to act under, such as a planner's, instead of one of the model's own; after
+                it, the model reasons anew.
 
         Returns:
             `np.ndarray` of shape `(chunk_size, action_dim)`: float32, robot units.
 
         Raises:
-            ValueError: the observation lacks something that the checkpoint needs; the text names it.
+            ValueError: the observation lacks something that the checkpoint needs, which the text names, or the model
+                takes no reasoning.
         """
-        inputs = self.processor(**self._inputs(observation), unnorm_key=self.unnorm_key, return_tensors="pt")
-        output = self.model.predict_action(**inputs.to(self.model.device), **self._options)
+        inputs, task, options = self._inputs(observation), observation[TASK], self._options
+        if reasoning is not None:
+            inputs["reasoning"], self._recalled = [reasoning], []
+        elif self._recalled and self._recalled[-1][0] == task:
+            options = {**options, "reasoning_ids": self._recalled.pop()[1]}
+        inputs = self.processor(**inputs, unnorm_key=self.unnorm_key, return_tensors="pt")
+        output = self.model.predict_action(**inputs.to(self.model.device), **options)
+        if reasoning is not None:
+            self.reasoning = reasoning
+        elif self.takes_reasoning and "reasoning_ids" not in options:
+            (self.reasoning,) = self.processor.decode_reasoning(output)
+            self._recalled = [(task, output.reasoning_ids)] * (self._reasoning_interval - 1)
         return self.processor.decode_actions(output, self.unnorm_key)[0]
 
-    def select_action(self, observation):
-        """Return the action for this control step, predicting a new chunk when one is due or the task has changed.
+    def select_action(self, observation, reasoning=None):
+        """Return the action for this control step.
+
+        A new chunk is predicted when one is due. Another task or given reasoning than before starts all anew.
 
         Args:
-            observation (`dict`): see `predict_chunk`.
+            observation (`dict`), reasoning (`str`, *optional*): see `predict_chunk`.
 
         Returns:
             `np.ndarray` of shape `(action_dim,)`: float32, robot units.
@@ -144,14 +173,15 @@ class Policy:
         Raises:
             ValueError: see `predict_chunk`.
         """
-        (task,) = self._inputs(observation)["text"]  # checked at every step, also while a chunk is being executed
-        if task != self._task:
+        self._inputs(observation)  # checked at every step, also while a chunk is being executed
+        goal = observation[TASK], reasoning
+        if goal != self._goal:
             self.reset()
-            self._task = task
+            self._goal = goal
         if self._ensembler is not None:
-            return self._ensembler.update(self.predict_chunk(observation))
+            return self._ensembler.update(self.predict_chunk(observation, reasoning))
         if self._horizon.empty:
-            self._horizon.push(self.predict_chunk(observation))
+            self._horizon.push(self.predict_chunk(observation, reasoning))
         return self._horizon.pop()
 
     def _inputs(self, observation):

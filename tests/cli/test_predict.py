@@ -1,3 +1,4 @@
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hf_vla.actions.spec import CameraSpec
+from hf_vla.cli import render
 from hf_vla.cli.main import app
 from hf_vla.cli.predict import parse_images, parse_numbers
 
@@ -73,11 +75,11 @@ def test_hands_the_upright_picture_and_the_state_to_the_policy(tmp_path, monkeyp
     Image.new("RGB", (40, 20)).save(rotated, exif=exif)
     observations = []
 
-    def predict_chunk(observation):
+    def predict_chunk(observation, reasoning):
         observations.append(observation)
         return np.zeros((1, 2))
 
-    specs = {"cameras": (CameraSpec("wrist", 8, 8),), "action_spec": None, "takes_state": True}
+    specs = {"cameras": (CameraSpec("wrist", 8, 8),), "action_spec": None, "takes_state": True, "reasoning": None}
     policy = SimpleNamespace(**specs, unnorm_key="arm", predict_chunk=predict_chunk)
     monkeypatch.setattr("hf_vla.policy.Policy.from_pretrained", lambda *args, **options: policy)
     result = predict("--model", "m", "--image", rotated, "--text", "wave", "--state", "1, 2")
@@ -92,13 +94,13 @@ def stereo(monkeypatch):
     """Stands in for the policy of a checkpoint with two cameras: keeps its options and observations."""
     seen = SimpleNamespace(observations=[])
 
-    def predict_chunk(observation):
+    def predict_chunk(observation, reasoning):
         seen.observations.append(observation)
         return np.zeros((1, 2))
 
     cameras = (CameraSpec("front", 8, 8), CameraSpec("wrist", 8, 8))
     policy = SimpleNamespace(cameras=cameras, action_spec=None, takes_state=False, unnorm_key="arm")
-    policy.predict_chunk = predict_chunk
+    policy.predict_chunk, policy.reasoning = predict_chunk, None
 
     def from_pretrained(path, **options):
         seen.options = options
@@ -170,3 +172,33 @@ def test_state_is_parsed():
     assert parse_numbers("0.1, -2  3e-1") == [0.1, -2.0, 0.3]
     with pytest.raises(ValueError, match="--state to be numbers like '0.1 0.2', came '1 two'"):
         parse_numbers("1 two")
+
+
+def test_prints_the_reasoning_above_the_table(reasoning_checkpoint, pictures, tmp_path, monkeypatch):
+    titles, images = [], [part for name in ("agentview", "wrist") for part in ("--image", f"{name}=")]
+    images[1] += str(pictures["front"])
+    arguments = ["--model", reasoning_checkpoint, *images, "--text", "wave", "--plot", tmp_path / "chunk.png"]
+    plot = render.plot_chunk
+    monkeypatch.setattr(render, "plot_chunk", lambda *args, title: titles.append(title) or plot(*args, title="wave"))
+    own = predict(*arguments)
+    assert own.exit_code == 0, own.output
+    first, *rest = own.stdout.splitlines()
+    assert re.fullmatch("Reasoning: '.+'", first) and any("wave" in line for line in rest)
+    assert titles == [f"wave\n{first.removeprefix('Reasoning: ')}"]
+    given = predict(*arguments, "--reasoning", "lift [bold]\x1b[2J$x$")
+    assert given.exit_code == 0, given.output
+    assert given.stdout.splitlines()[0] == r"Reasoning: 'lift [bold]\x1b[2J$x$'"  # the terminal is not cleared
+    assert table_rows(given) != table_rows(own) and len(table_rows(own)) == 4
+
+
+def table_rows(result):
+    return [line for line in result.stdout.splitlines() if line.startswith("│")]
+
+
+def test_a_reasoning_for_a_family_that_says_nothing_is_an_error(tiny_checkpoint, frame):
+    result = predict("--model", tiny_checkpoint, "--image", frame, "--text", "x", "--reasoning", "lift")
+    assert result.exit_code == 1 and "does not reason in words: leave --reasoning out." in result.stderr
+
+
+def test_other_families_print_no_reasoning(tiny_checkpoint, frame):
+    assert "Reasoning" not in predict("--model", tiny_checkpoint, "--image", frame, "--text", "x").stdout

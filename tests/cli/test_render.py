@@ -69,3 +69,9 @@ def test_a_chunk_that_does_not_move_is_drawn():
     figure = plot_chunk(np.zeros_like(CHUNK), SPEC, Image.new("RGB", (40, 30)), "wait")
     figure.canvas.draw()
     assert np.allclose(figure.axes[0].lines[0].get_xydata(), (20, 15))
+
+
+def test_a_title_with_dollars_is_no_formula():
+    figure = plot_chunk(CHUNK, SPEC, Image.new("RGB", (40, 30)), "$\\frac$\n'pay [5]'")
+    figure.savefig(io.BytesIO())  # which draws, as a Figure's own canvas does not
+    assert figure.get_suptitle() == "$\\frac$\n'pay [5]'"

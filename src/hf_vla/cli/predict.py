@@ -22,13 +22,19 @@ def predict(
     unnorm_key: Annotated[
         str | None, typer.Option(help="Dataset whose robot acts, where the checkpoint knows several.")
     ] = None,
+    reasoning: Annotated[
+        str | None, typer.Option(help="What to act under, instead of the model's own reasoning in words.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of the chunk to this file.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes heads that draw noise repeatable.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: the accelerator.")] = None,
 ):
     """Predict the robot actions for an image and an instruction."""
+    from textwrap import fill
+
     from PIL import Image, ImageOps
     from rich.console import Console
+    from rich.markup import escape
 
     from hf_vla.cli.render import chunk_table, plot_chunk
     from hf_vla.policy import IMAGES, STATE, TASK, Policy
@@ -48,13 +54,18 @@ def predict(
         if not policy.takes_state:
             raise ValueError("This checkpoint takes no state: leave --state out.")
         observation[STATE] = parse_numbers(state)
-    chunk = policy.predict_chunk(observation)
-    console = Console()
+    if reasoning is not None and not policy.takes_reasoning:
+        raise ValueError("This checkpoint does not reason in words: leave --reasoning out.")
+    chunk = policy.predict_chunk(observation, reasoning)
+    console, title = Console(), text
+    if policy.reasoning is not None:  # quoted, since a model may say anything: nothing, or what a terminal would obey
+        console.print(f"Reasoning: {escape(repr(policy.reasoning))}", highlight=False)
+        title = f"{text}\n{fill(repr(policy.reasoning), width=80)}"
     console.print(chunk_table(chunk, policy.action_spec, title=f"{text} ({policy.unnorm_key})"))
     if plot is not None:
         pictures = (value for key, value in observation.items() if key.startswith(IMAGES))
         picture = next(value for value in pictures if value is not None)
-        plot_chunk(chunk, policy.action_spec, picture, title=text).savefig(plot)
+        plot_chunk(chunk, policy.action_spec, picture, title=title).savefig(plot)
         console.print(f"Wrote {plot}", highlight=False)
 
 

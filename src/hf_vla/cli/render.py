@@ -68,7 +68,7 @@ def plot_chunk(chunk, spec, image, title):
         chunk (`np.ndarray` of shape `(chunk_size, action_dim)`): robot units.
         spec ([`~hf_vla.actions.spec.ActionSpec`], *optional*): without it no path can be drawn.
         image (`PIL.Image.Image`): what the model saw, upright.
-        title (`str`): the instruction.
+        title (`str`): the instruction, and what the model says to it; may have several lines.
 
     Returns:
         `matplotlib.figure.Figure`
@@ -77,7 +77,7 @@ def plot_chunk(chunk, spec, image, title):
     columns = math.ceil(math.sqrt(len(names)))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(4.5 + 2.2 * columns, max(4.5, 1.8 * rows)), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # words are no formulas, though they hold dollars
     left, right = figure.subfigures(1, 2, width_ratios=(4.5, 2.2 * columns))
     _draw_path(left.add_subplot(), chunk, spec, image.convert("RGB"))
     axes = right.subplots(rows, columns, sharex=True, squeeze=False).ravel()
