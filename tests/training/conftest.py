@@ -2,10 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen2VLForConditionalGeneration
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from hf_vla.models.byte_tokenizer import byte_tokenizer
+from hf_vla.models.divla.configuration_divla import DiVLAConfig
 from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
 from hf_vla.training.arguments import load_recipe
 
@@ -52,4 +54,20 @@ def vlm(tmp_path_factory):
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     image_processor = LlavaImageProcessorPil(size={"height": 84, "width": 84}, do_pad=True, do_center_crop=False)
     LlavaProcessor(image_processor, byte_tokenizer(0)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory):
+    """A saved, untrained tiny Qwen2-VL of transformers with its tokens and image processor."""
+    config = DiVLAConfig.from_preset("tiny").backbone_config
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("qwen")
+    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer = byte_tokenizer(0)
+    tokens = ["<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(size={"shortest_edge": 28**2, "longest_edge": 84**2}).save_pretrained(folder)
     return folder

@@ -90,6 +90,21 @@ def test_the_command_line_overrides_the_file():
             },
             "leave model.dtype float32, and set training.bf16: true",
         ),
+        ({"model.new_embodiment": True}, "give model.path, and no model.lora"),
+        (
+            {"model.preset": None, "model.grid": None, "model.path": "x", "model.head_weights": "y"},
+            "A checkpoint keeps its own action head: leave model.head_weights out",
+        ),
+        (
+            {
+                "model.preset": None,
+                "model.grid": None,
+                "model.path": "x",
+                "model.lora.r": 4,
+                "model.new_embodiment": True,
+            },
+            "give model.path, and no model.lora",
+        ),
         ({"data.cameras.0.fovy": 180}, "between 0 and 180 degrees, came 180"),
     ],
 )

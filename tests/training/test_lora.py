@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, SiglipVisionConfig
 
 import hf_vla  # noqa: F401
+from hf_vla.models.divla.configuration_divla import DiVLAConfig
+from hf_vla.models.divla.modeling_divla import DiVLAForActionPrediction
 from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
 from hf_vla.models.tinyvla.modeling_tinyvla import TinyVLAForActionPrediction
 from hf_vla.training.lora import PARTS, PROJECTORS, add_lora, load_adapter
@@ -151,13 +153,20 @@ def test_an_adapter_is_no_base_for_another(adapted, make_recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "published"), [("spatialvla", (32, 32, 0.0, "gaussian")), ("tinyvla", (64, 256, 0.05, True))]
+    ("family", "published"),
+    [
+        ("divla", (64, 256, 0.05, True)),
+        ("spatialvla", (32, 32, 0.0, "gaussian")),
+        ("tinyvla", (64, 256, 0.05, True)),
+    ],
 )
 def test_where_nothing_is_said_the_published_values_hold(family, published, tiny_checkpoint):
     if family == "spatialvla":
         model = AutoModel.from_pretrained(tiny_checkpoint)
-    else:
+    elif family == "tinyvla":
         model = TinyVLAForActionPrediction(TinyVLAConfig.from_preset("tiny"))
+    else:
+        model = DiVLAForActionPrediction(DiVLAConfig.from_preset("tiny"))
     config = add_lora(model).peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout, config.init_lora_weights) == published
 
@@ -317,6 +326,58 @@ def test_the_trainable_shares_of_tinyvla_are_the_published_ones(preset, total, t
     lora = sum(parameter.numel() for name, parameter in adapted.named_parameters() if "lora_" in name)
     said = float(re.search(r"parameters \(([\d.]+) %\)", caplog.text).group(1))
     assert (round(said, 1), round(100 * lora / (before + lora), 1)) == (trainable, adapters)
+
+
+def divla(name, **options):
+    """A DiVLA on one of the backbones, on the meta device."""
+    config = {"backbone_config": {"model_type": name, **BACKBONES[name][0]}, "end_token_id": 1, "action_dim": 2}
+    with torch.device("meta"):
+        return DiVLAForActionPrediction(DiVLAConfig(**config, head_config={"type": "regression"}, **options))
+
+
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+@pytest.mark.parametrize("parts", [["vision"], ["language"], ["vision", "language"]])
+def test_the_adapters_of_a_divla_sit_in_the_chosen_parts_and_nowhere_else(name, parts):
+    model = add_lora(divla(name, latent_dim=4), parts=parts)
+    adapted = {layer for layer, module in model.named_modules() if hasattr(module, "lora_A")}
+    towers = [{tower for tower in PARTS[part] if any(f".{tower}." in layer for layer in adapted)} for part in parts]
+    assert all(len(found) == 1 for found in towers)
+    assert all(any(f".{tower}." in layer for found in towers for tower in found) for layer in adapted)
+    assert not [layer for layer in adapted if layer.endswith("lm_head") or any(each in layer for each in PROJECTORS)]
+    if len(parts) == 2:
+        assert len(adapted) == BACKBONES[name][1]
+    trained = {weight for weight, parameter in model.named_parameters() if parameter.requires_grad}
+    in_full = {weight.split(".modules_to_save")[0] for weight in trained if "lora_" not in weight}
+    film = ["film.prompt_proj", "film.reasoning_proj", "film.film"]
+    assert in_full == {f"base_model.model.{each}" for each in ["action_head", *film, "embodiments.default"]}
+
+
+def test_the_layers_that_a_divla_adapts_are_the_published_ones():
+    layers = {name for name, module in add_lora(divla("qwen2_vl")).named_modules() if hasattr(module, "lora_A")}
+    vision = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+    language = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    model = "base_model.model.backbone.model"
+    assert layers == {
+        *(f"{model}.visual.blocks.0.{name}" for name in vision),
+        *(f"{model}.language_model.layers.0.{name}" for name in language),
+    }
+
+
+def test_a_divla_without_film_or_latents_has_no_such_parts():
+    names = {
+        name for name, each in add_lora(divla("qwen2_vl", use_film=False)).named_parameters() if each.requires_grad
+    }
+    assert {name.split(".")[2] for name in names} == {"backbone", "action_head"}
+
+
+def test_the_trainable_share_of_divla_is_the_published_one(caplog):
+    with torch.device("meta"), caplog.at_level(logging.INFO):
+        model = DiVLAForActionPrediction(DiVLAConfig.from_preset("2b"))
+        before = sum(parameter.numel() for parameter in model.parameters())
+        adapted = add_lora(model)
+    lora = sum(parameter.numel() for name, parameter in adapted.named_parameters() if "lora_" in name)
+    said = float(re.search(r"parameters \(([\d.]+) %\)", caplog.text).group(1))
+    assert (round(before / 1e6), round(said, 1), round(100 * lora / (before + lora), 1)) == (2313, 9.0, 4.8)
 
 
 def test_a_family_without_published_targets_is_an_error():

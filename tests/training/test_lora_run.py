@@ -22,6 +22,32 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 @pytest.fixture(scope="module")
+def divla_run(qwen, small_head, make_recipe, tmp_path_factory):
+    """The same of a DiVLA with latents, whose backbone is a tiny Qwen2-VL."""
+
+    def recipe(folder, **overrides):
+        options = {"model__backbone": str(qwen), "model__lora": {"r": 4, "alpha": 8}, "training__bf16": False}
+        head = small_head["head_config"] | {"type": "flow_matching"}  # it clips no latents
+        options |= {"model__config": {"head_config": head, "latent_dim": 6, "max_reasoning_tokens": 36}}
+        options |= {"training__dataloader_num_workers": 0, "training__learning_rate": 1e-2}
+        options |= {"training__full_learning_rate": 1e-2, "training__max_steps": 4, "training__save_steps": 2}
+        options |= {"data__chunk_size": 4, "training__per_device_train_batch_size": 2, "data__eval_episodes": []}
+        return make_recipe(folder, "divla_lora", **(options | overrides))
+
+    folder = tmp_path_factory.mktemp("divla_lora")
+    kept = SimpleNamespace(folder=folder, recipe=recipe)
+
+    class Keep(TrainerCallback):
+        def on_train_end(self, args, state, control, model, **kwargs):
+            kept.model = model.eval()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        train(recipe(folder), callbacks=[Keep()])
+    return kept
+
+
+@pytest.fixture(scope="module")
 def tinyvla_run(vlm, small_head, make_recipe, tmp_path_factory):
     """Adapters of four steps on a pretrained backbone with a new head, a checkpoint every two steps."""
 
@@ -51,10 +77,10 @@ def tinyvla_run(vlm, small_head, make_recipe, tmp_path_factory):
     return kept
 
 
-def predict(model, processor, item):
+def predict(model, processor, item, **more):
     names = [camera.name for camera in processor.camera_specs()]
     images = {name: item[f"observation.images.{name}"] for name in names}
-    inputs = processor(images=images, text=item["task"], state=item["observation.state"])
+    inputs = processor(images=images, text=item["task"], state=item["observation.state"], **more)
     return model.predict_action(**inputs, generator=torch.Generator().manual_seed(0)).actions
 
 
@@ -124,12 +150,46 @@ def test_one_process_saves_the_base_and_all_know_its_name(tinyvla_run, tmp_path,
     assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
 
 
+def test_a_divla_adapter_carries_all_that_was_trained(divla_run, demo_item, tmp_path):
+    processor = AutoProcessor.from_pretrained(divla_run.folder)
+    assert processor.statistics["robosuite_demos"].keys() >= {"action", "state"}
+    assert processor.embodiments == {"robosuite_demos": "robosuite_demos"}
+    said = {"reasoning": "grasp the can"}  # modulates
+    wanted = predict(divla_run.model.get_base_model(), processor, demo_item, **said)
+    base = AutoModel.from_pretrained(divla_run.folder / "base")
+    loaded = AutoModel.from_pretrained(divla_run.folder)
+    torch.testing.assert_close(predict(loaded, processor, demo_item, **said), wanted, rtol=0, atol=1e-5)
+    trained = load_file(divla_run.folder / "adapter_model.safetensors")
+    for part in ("action_head", "film.prompt_proj", "film.reasoning_proj", "film.film", "embodiments.robosuite_demos"):
+        names = {name: value for name, value in trained.items() if name.startswith(f"base_model.model.{part}.")}
+        own, untrained = loaded.get_submodule(part), base.get_submodule(part).state_dict()
+        own = getattr(own, "modules_to_save", {"default": own})["default"].state_dict()
+        assert len(names) == len(untrained), part
+        assert all(torch.equal(value, trained[f"base_model.model.{part}.{name}"]) for name, value in own.items())
+        assert any(not torch.equal(value, untrained[name]) for name, value in own.items()), part
+
+    adapted = PeftModel.from_pretrained(base, divla_run.folder).eval()
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(predict(merged, processor, demo_item, **said), wanted, rtol=0, atol=1e-4)
+    merged.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(predict(again, processor, demo_item, **said), wanted, rtol=0, atol=1e-4)
+
+
+def test_resuming_a_divla_adapter_equals_an_uninterrupted_run(divla_run, tmp_path):
+    checkpoint = str(divla_run.folder / "checkpoint-2")
+    train(divla_run.recipe(tmp_path, training__resume_from_checkpoint=checkpoint, training__save_strategy="no"))
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (divla_run.folder, tmp_path))
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
 BFLOAT16 = {"model__dtype": "bfloat16", "training__bf16": True, "training__use_cpu": True}
 
 
-@pytest.mark.parametrize("family", ["spatialvla", "tinyvla"])
+@pytest.mark.parametrize("family", ["divla", "spatialvla", "tinyvla"])
 def test_what_is_trained_is_float32_on_a_bfloat16_model(
-    family, tinyvla_run, tiny_checkpoint, small_head, make_recipe, tmp_path, demo_item
+    family, divla_run, tinyvla_run, tiny_checkpoint, small_head, make_recipe, tmp_path, demo_item
 ):
     seen = {}
 
@@ -145,6 +205,8 @@ def test_what_is_trained_is_float32_on_a_bfloat16_model(
         options["model__config"] = {**small_head, "num_readout_tokens": 2}
         options |= {"training__learning_rate": 2e-4, "training__full_learning_rate": 2e-5}
         recipe = tinyvla_run.recipe(tmp_path, **options)
+    elif family == "divla":
+        recipe = divla_run.recipe(tmp_path, **options)
     else:
         options |= {"model__preset": None, "model__grid": None, "model__path": str(tiny_checkpoint)}
         options |= {"model__lora__r": 4, "model__adapt_grid": True, "training__learning_rate": 2e-5}
@@ -152,6 +214,8 @@ def test_what_is_trained_is_float32_on_a_bfloat16_model(
     metrics = train(recipe, callbacks=[Keep()])
     assert np.isfinite(metrics["eval_action_error"])
     model = seen.pop("model")
+    if family == "divla":  # also without autocast: all that is trained in full sees inputs of its own precision
+        predict(model.eval().get_base_model(), AutoProcessor.from_pretrained(tmp_path), demo_item)
     assert {value.dtype for value in model.parameters() if not value.requires_grad} == {torch.bfloat16}
     in_full = {name: value for name, value in model.named_parameters() if name in seen and "lora_" not in name}
     assert {value.dtype for value in seen.values()} == {torch.float32} and in_full

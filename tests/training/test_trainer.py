@@ -341,7 +341,7 @@ def test_launched_as_the_readme_says(make_recipe, tmp_path, demos, launcher):
     # Two processes agree on the gradients of a checkpointed backbone, some of whose weights have none.
     recipe, more = {
         "accelerate launch": ("spatialvla_tiny", []),
-        "two processes": ("tinyvla_tiny", ["--training.activation_checkpointing=true"]),
+        "two processes": ("divla_tiny", ["--training.activation_checkpointing=true", "--training.logging_steps=2"]),
     }[launcher]
     arguments = ["scripts/train.py", "--config", f"scripts/recipes/{recipe}.yaml", f"--data.source={demos}", *more]
     arguments += ["--training.max_steps", "2", f"--training.output_dir={tmp_path}", "--data.eval_episodes=[3]"]
@@ -352,3 +352,9 @@ def test_launched_as_the_readme_says(make_recipe, tmp_path, demos, launcher):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "eval_action_error_translation" in done.stdout
     assert AutoProcessor.from_pretrained(tmp_path).action_codec.chunk_size == 4
+    if launcher == "two processes":  # whose batches differ: parts and loss are means over both
+        history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+        for prefix in ("", "eval_"):
+            entries = [entry for entry in history if f"{prefix}loss" in entry]
+            parts = [entry[f"{prefix}diffusion_loss"] + entry[f"{prefix}ntp_loss"] for entry in entries]
+            assert parts and [entry[f"{prefix}loss"] for entry in entries] == pytest.approx(parts, rel=1e-5)

@@ -62,12 +62,16 @@ class ModelArguments:
         backbone (`str`, *optional*): folder or Hub name of a vision-language model that gets a new action head, in
             families that take any.
         prompt_config (`dict`, *optional*): with `backbone`, entries of the prompt that replace those known for it, see
-            [`~hf_vla.models.tinyvla.processing_tinyvla.TinyVLAProcessor`].
+            [`~hf_vla.models.prompts.PromptProcessor`].
         config (`dict`, *optional*): fields of the family's configuration that replace a new model's own.
         dtype (`str`): of the weights, "float32" or, with `lora`, whose adapters stay float32, "bfloat16".
         grid (`GridArguments`, *optional*): SpatialVLA's grid to fit, for a preset or with `adapt_grid`.
         adapt_grid (`bool`): fit a checkpoint's grid anew to this dataset and move its spatial embeddings along.
         lora (`LoraArguments`, *optional*): train adapters instead of the weights.
+        new_embodiment (`bool`): the dataset is of a robot that is new to a checkpoint with latent actions: what this
+            robot has of its own, named like the dataset, is added and trained, and nothing else.
+        head_weights (`str`, *optional*): folder of published ScaleDP weights for a new DiVLA's DiT head, see
+            [`~hf_vla.models.divla.scale_dp.load_scale_dp`].
     """
 
     family: str | None = None
@@ -80,6 +84,8 @@ class ModelArguments:
     grid: GridArguments | None = None
     adapt_grid: bool = False
     lora: LoraArguments | None = None
+    new_embodiment: bool = False
+    head_weights: str | None = None
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
@@ -101,6 +107,13 @@ class ModelArguments:
             raise ValueError("A checkpoint keeps its own grid: leave model.grid out, or set model.adapt_grid: true.")
         if self.path is not None and self.config:
             raise ValueError("A checkpoint keeps its own configuration: leave model.config out.")
+        if self.path is not None and self.head_weights:
+            raise ValueError("A checkpoint keeps its own action head: leave model.head_weights out.")
+        if self.new_embodiment and (self.path is None or self.lora is not None):
+            raise ValueError(
+                "model.new_embodiment adds to a checkpoint what a robot has of its own, and trains that alone: give "
+                "model.path, and no model.lora."
+            )
 
 
 @dataclass
@@ -155,6 +168,8 @@ class DataArguments:
         unnorm_key (`str`, *optional*): the dataset's name in the checkpoint; the last part of `source` by default.
         chunk_size (`int`): actions that one prediction holds.
         eval_episodes (`list[int]`): episodes kept from training, for evaluation.
+        reasoning (`str`, *optional*): column of texts that the model is to say before it acts, "subtask" for example;
+            a row without one trains the action head alone. By default nothing is said.
         camera_dropout (`float`): probability, below 1, with which each of several cameras is withheld from a training
             sample, though never all of them: so a model learns to act when one is missing.
     """
@@ -167,6 +182,7 @@ class DataArguments:
     unnorm_key: str | None = None
     chunk_size: int = 4
     eval_episodes: list[int] = field(default_factory=list)
+    reasoning: str | None = None
     camera_dropout: float = 0.0
 
     def __post_init__(self):

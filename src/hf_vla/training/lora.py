@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
@@ -39,6 +40,15 @@ class LoraRecipe:
 
 
 PUBLISHED = {
+    "divla": LoraRecipe(
+        r=64,
+        alpha=256,
+        dropout=0.05,
+        targets="all-linear",  # of vision tower and language model: peft spares the language head, and what is in full
+        excluded=rf"(.*\.)?({'|'.join(PROJECTORS)})(\..*)?",  # stays frozen
+        # the parts of `film`, since peft would also find another "film" in it
+        in_full=("action_head", "prompt_proj", "reasoning_proj", "film.film", "embodiments"),
+    ),
     "spatialvla": LoraRecipe(
         r=32,
         alpha=32,
@@ -86,7 +96,8 @@ def add_lora(
         ValueError: nothing is published for this family, or there is no such part.
 
     Source: SpatialVLA's fine-tuning scripts (rank 32, alpha 32, Gaussian initialisation); TinyVLA's (rank 64, alpha
-    256, dropout 0.05; action head and projector trained in full).
+    256, dropout 0.05; action head and projector trained in full); DiVLA's (the same; action head, FiLM and what robots
+    have of their own trained in full).
     """
     family = model.config.model_type
     if family not in PUBLISHED:
@@ -97,7 +108,6 @@ def add_lora(
         raise ValueError(f"Expected lora.parts among {list(PARTS)}, came {list(parts)}.")
     frozen = [name for part in PARTS if part not in parts for name in PARTS[part]]
     excluded = rf"{recipe.excluded}|(.*\.)?({'|'.join(frozen)})\..*" if frozen else recipe.excluded
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     readout = list(getattr(model.config, "readout_token_ids", []))  # rows of the embedding that nothing has trained
     config = LoraConfig(
         r=recipe.r if r is None else r,
@@ -107,7 +117,7 @@ def add_lora(
         exclude_modules=excluded,
         trainable_token_indices=readout or None,
         init_lora_weights=recipe.init,
-        modules_to_save=[name for name in (*recipe.in_full, *in_full) if name in names] or None,
+        modules_to_save=_present(model, (*recipe.in_full, *in_full)) or None,
     )
     adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
@@ -118,6 +128,16 @@ def add_lora(
     total, trainable = (sum(each.numel() for each in own if each.requires_grad >= least) for least in (False, True))
     logger.info("LoRA trains %d of %d parameters (%.2f %%).", trainable, total, 100 * trainable / total)
     return adapted
+
+
+def _present(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
+    """Names, or ends of names, of the modules that a model has; of a dictionary of modules, which is none, its own."""
+    present = []
+    for name in names:
+        found = [module for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
+        dictionary = found and isinstance(found[0], torch.nn.ModuleDict)
+        present += [f"{name}.{key}" for key in found[0]] if dictionary else [name] * bool(found)
+    return present
 
 
 def load_adapter(model: PreTrainedModel, path: str | Path) -> None:

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 class VLATrainer(Trainer):
     """[`~transformers.Trainer`] whose evaluation also predicts actions and measures how far off they are.
 
+    The parts of a loss, which models return as fields called `..._loss`, are logged beside it.
+
     `processing_class` is the processor, `data_collator` a [`~hf_vla.data.collator.VLACollator`]. Metrics are in robot
     units, see [`action_error`], over `args.eval_action_samples` frames of the evaluation set.
 
@@ -38,6 +40,7 @@ class VLATrainer(Trainer):
     def __init__(self, *args, camera_dropout: float = 0.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.camera_dropout = camera_dropout
+        self._loss_parts, self._num_steps, self._eval_loss_parts = {}, 0.0, {}
         # The Trainer evaluates the loss of batches with labels only, and looks for arguments called so.
         self.label_names = self.label_names or ["actions"]
 
@@ -67,13 +70,35 @@ class VLATrainer(Trainer):
         if hasattr(model, "peft_config"):
             model.config.save_pretrained(output_dir or self.args.output_dir)
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        """Ask models that score a vocabulary for one position's logits: the loss has its own, the rest is memory."""
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Keep the parts of the loss, and ask models that score a vocabulary for one position's logits alone.
+
+        The loss has logits of its own; all others would only fill the memory.
+        """
         base = self.accelerator.unwrap_model(model)
         base = base.get_base_model() if hasattr(base, "get_base_model") else base
         if "logits_to_keep" in inspect.signature(base.forward).parameters:
             inputs = {**inputs, "logits_to_keep": 1}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        parts = {name: part.detach().float() for name, part in outputs.items() if name.endswith("_loss")}
+        if model.training:  # weighted as the Trainer weights the loss: batches of a step, then steps
+            share = 1 / self.current_gradient_accumulation_steps
+            self._num_steps += share
+            for name, part in parts.items():
+                self._loss_parts[name] = self._loss_parts.get(name, 0.0) + share * part
+        else:  # by samples, of which the last batch may have fewer
+            for name, part in parts.items():
+                of_samples = self.gather_function(part.repeat(self.args.eval_batch_size))
+                self._eval_loss_parts.setdefault(name, []).append(of_samples)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, *args, **kwargs):
+        """Add the parts of the training loss, as means over the steps since they were last logged."""
+        if "loss" in logs:
+            for name, total in self._loss_parts.items():
+                logs[name] = self.accelerator.reduce(total, "mean").item() / self._num_steps
+            self._loss_parts, self._num_steps = {}, 0.0
+        super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model=None):
         """Give what is trained in full beside adapters its own learning rate, where the arguments name one."""
@@ -97,17 +122,19 @@ class VLATrainer(Trainer):
         return optimizer
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Add the action errors to the loss that the Trainer computes.
+        """Add the parts of the loss, and the action errors, to the loss that the Trainer computes.
 
         Heads that draw noise draw the same in every evaluation, and leave the training's random numbers alone.
         """
         device = self.args.device
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             torch.manual_seed(self.args.seed)
+            self._eval_loss_parts = {}
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
             with self.accelerator.autocast():
                 errors = self.action_errors(dataloader.dataset)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in errors.items()})
+        parts = {name: torch.cat(part).mean().item() for name, part in self._eval_loss_parts.items()}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in (parts | errors).items()})
         return output
 
     def action_errors(self, dataset) -> dict[str, float]:
@@ -178,7 +205,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     trainer = VLATrainer(
         model=model,
         args=recipe.training,
-        data_collator=VLACollator(processor, data.unnorm_key, cameras, with_state=data.state is not None),
+        data_collator=VLACollator(processor, data.unnorm_key, cameras, data.state is not None, data.reasoning),
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=processor,

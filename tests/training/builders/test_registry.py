@@ -35,7 +35,7 @@ def tinyvla(make_recipe, tmp_path_factory):
 @pytest.mark.parametrize(
     ("recipe", "overrides", "message"),
     [
-        ("spatialvla_tiny", {"model__family": "octo"}, r"'octo'; there are \['pi0_vla', 'spatialvla', 'tinyvla'\]"),
+        ("spatialvla_tiny", {"model__family": "octo"}, r"'octo'; there are \['divla', 'pi0_vla', .*'tinyvla'\]"),
         ("spatialvla_tiny", BACKBONE, "spatialvla takes no model.backbone: give model.preset or model.path"),
         ("spatialvla_tiny", {"data__state": {}}, "spatialvla takes no data.state: it sees images and words alone"),
         (
@@ -54,6 +54,10 @@ def tinyvla(make_recipe, tmp_path_factory):
         ("tinyvla_tiny", {"model__config": {"head_config": {"type": "difusion"}}}, "No action head 'difusion'"),
         ("tinyvla_tiny", {"data__action__gripper": {"index": 6, "open": 0.0, "closed": 1.0}}, "goes from -1 to 1"),
         ("tinyvla_tiny", {"data__state": {"rotation": "eulr"}}, "eulr"),
+        ("spatialvla_tiny", {"data__reasoning": "subtask"}, "spatialvla takes no data.reasoning: that is for divla"),
+        ("tinyvla_tiny", {"data__reasoning": "subtask"}, "tinyvla takes no data.reasoning: that is for divla"),
+        ("pi0_vla_tiny", {"model__head_weights": "x"}, "pi0_vla takes no model.head_weights: that is for divla"),
+        ("divla_tiny", GRID, "divla takes no model.grid: its actions are continuous"),
         ("openvla_oft", {"data__chunk_size": 4}, "set model.config.num_readout_tokens to 28, came 56"),
         ("openvla_oft", {"model__config__num_readout_tokens": 8}, "num_readout_tokens to 56, came 8"),
     ],
@@ -127,7 +131,7 @@ def test_a_checkpoint_goes_on_with_its_weights_for_new_data(tinyvla, make_recipe
         make(make_recipe(tmp_path, "tinyvla_tiny", **overrides, data__state=None))
 
 
-@pytest.mark.parametrize("family", ["pi0_vla", "tinyvla"])
+@pytest.mark.parametrize("family", ["divla", "pi0_vla", "tinyvla"])
 def test_a_checkpoint_keeps_its_normalisation(family, make_recipe, tmp_path):
     folder, recipe = tmp_path / "checkpoint", f"{family}_tiny"
     for part in make(make_recipe(tmp_path, recipe)):

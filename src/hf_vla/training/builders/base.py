@@ -4,16 +4,18 @@ import math
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Subset
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
 from hf_vla.actions.spec import ActionSpec, CameraSpec, GripperSpec, StateSpec
 from hf_vla.actions.statistics import ActionStatistics
 from hf_vla.data import schema
 from hf_vla.data.lerobot import LeRobotEpisodes
+from hf_vla.models.base import VLAPreTrainedModel
 from hf_vla.training.arguments import CameraArguments, DataArguments, ModelArguments
 
 
@@ -30,6 +32,7 @@ class DatasetFacts:
         state_spec (`StateSpec`, *optional*): what the state means; None where the model shall see none.
         cameras (`list[CameraSpec]`): in the recipe's order.
         chunk_size (`int`): actions of one prediction.
+        reasonings (`list[str]`, *optional*): what the model is to say, each text once; None where it says nothing.
     """
 
     unnorm_key: str
@@ -39,6 +42,16 @@ class DatasetFacts:
     state_spec: StateSpec | None
     cameras: list[CameraSpec]
     chunk_size: int
+    reasonings: list[str] | None = None
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """Fields of a configuration that the dataset decides, in families that emit normalised actions."""
+        return {
+            "action_dim": len(self.action_spec.names),
+            "state_dim": None if self.state_spec is None else len(self.state_spec.names),
+            "chunk_size": self.chunk_size,
+        }
 
     @property
     def specs(self) -> dict[str, Any]:
@@ -68,7 +81,11 @@ def dataset_facts(data: DataArguments, dataset: LeRobotEpisodes, train_set: Subs
     if spec.gripper is not None:
         _check_gripper(spec.gripper, actions[:, spec.gripper.index])
     cameras = [camera_spec(camera, dataset) for camera in data.cameras]
-    return DatasetFacts(data.unnorm_key, entry, actions, spec, state_spec, cameras, data.chunk_size)
+    reasonings = None
+    if data.reasoning is not None:
+        texts = dataset.texts(data.reasoning)[train_set.indices]
+        reasonings = sorted({text for text in texts if text and not text.isspace()})
+    return DatasetFacts(data.unnorm_key, entry, actions, spec, state_spec, cameras, data.chunk_size, reasonings)
 
 
 def camera_spec(camera: CameraArguments, dataset: LeRobotEpisodes) -> CameraSpec:
@@ -123,6 +140,60 @@ def load_checkpoint(path: str, dtype: str):
     # An adapter remembers its checkpoint by this name: a folder's must not depend on where one stands.
     path = str(Path(path).resolve()) if Path(path).is_dir() else path
     return AutoModel.from_pretrained(path, dtype=dtype), AutoProcessor.from_pretrained(path)
+
+
+def load_backbone(arguments: ModelArguments, auto_class, own_class):
+    """Load the vision-language model that gets a new action head.
+
+    Args:
+        arguments (`ModelArguments`): holds `model.backbone` and `model.dtype`.
+        auto_class (`type`): of transformers, that loads it.
+        own_class (`type`): the family's model, whose backbone is taken out of it.
+
+    Returns:
+        `tuple`: the backbone, and what has its tokenizer and image processor; of a checkpoint of the family, its whole
+        processor.
+
+    Raises:
+        ValueError: weights are missing, or it is a model of another family of this library.
+    """
+    source = arguments.backbone
+    vlm, info = auto_class.from_pretrained(source, dtype=arguments.dtype, output_loading_info=True)
+    if wrong := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]):
+        raise ValueError(
+            f"model.backbone {source!r} lacks {len(wrong)} weights of a {type(vlm).__name__}, or has them in another "
+            f"shape, among them {wrong[:5]}; they would be random. Does config.json belong to it?"
+        )
+    if isinstance(vlm, own_class):
+        return vlm.backbone, AutoProcessor.from_pretrained(source)
+    if isinstance(vlm, VLAPreTrainedModel):
+        raise ValueError(
+            f"model.backbone {source!r} is a {vlm.config.model_type}: give a vision-language model of transformers, "
+            f"or a {own_class.config_class.model_type}."
+        )
+    # its processor as a whole may want more than we have, for videos for example
+    return vlm, SimpleNamespace(
+        tokenizer=AutoTokenizer.from_pretrained(source), image_processor=AutoImageProcessor.from_pretrained(source)
+    )
+
+
+def check_sizes(path: str, sizes: dict[str, int | None], wanted: dict[str, int | None], hint: str) -> None:
+    """Raise where a checkpoint is for another robot than the dataset's.
+
+    Args:
+        path (`str`): the checkpoint.
+        sizes (`dict`): its own, see `DatasetFacts.sizes`.
+        wanted (`dict`): the dataset's.
+        hint (`str`): how to mend it.
+
+    Raises:
+        ValueError: sizes differ.
+    """
+    for name, value in wanted.items():
+        if sizes[name] != value:
+            raise ValueError(
+                f"The checkpoint {path!r} has {name} {sizes[name]}, the recipe's data have {value}. {hint}"
+            )
 
 
 def continuous_dictionaries(

@@ -7,12 +7,18 @@ from transformers import AutoConfig
 
 from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.training.arguments import ModelArguments, Recipe
-from hf_vla.training.builders.base import dataset_facts
+from hf_vla.training.builders.base import dataset_facts, refuse
+from hf_vla.training.builders.divla import build_divla
 from hf_vla.training.builders.pi0_vla import build_pi0_vla
 from hf_vla.training.builders.spatialvla import build_spatialvla
 from hf_vla.training.builders.tinyvla import build_tinyvla
 
-BUILDERS = {"pi0_vla": build_pi0_vla, "spatialvla": build_spatialvla, "tinyvla": build_tinyvla}
+BUILDERS = {
+    "divla": build_divla,
+    "pi0_vla": build_pi0_vla,
+    "spatialvla": build_spatialvla,
+    "tinyvla": build_tinyvla,
+}
 
 
 def build(recipe: Recipe, dataset: LeRobotEpisodes, train_set: Subset):
@@ -24,8 +30,16 @@ def build(recipe: Recipe, dataset: LeRobotEpisodes, train_set: Subset):
     Raises:
         ValueError: the family is unknown or not the checkpoint's, or recipe and dataset do not suit it.
     """
-    arguments = recipe.model
-    model, processor = BUILDERS[family(arguments)](arguments, dataset_facts(recipe.data, dataset, train_set))
+    arguments, name = recipe.model, family(recipe.model)
+    if name != "divla":
+        refuse(
+            name,
+            "that is for divla.",
+            data__reasoning=recipe.data.reasoning,
+            model__new_embodiment=arguments.new_embodiment,
+            model__head_weights=arguments.head_weights,
+        )
+    model, processor = BUILDERS[name](arguments, dataset_facts(recipe.data, dataset, train_set))
     if arguments.lora is None:
         return model, processor
     from hf_vla.training.lora import SPATIAL_EMBEDDING, add_lora  # takes seconds to import

@@ -1,21 +1,20 @@
 """TinyVLA from a recipe: a preset, a new head on a pretrained vision-language model, or a checkpoint."""
 
-from types import SimpleNamespace
-
 import torch
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+from transformers import AutoModel
 
 from hf_vla.actions.heads.registry import build_action_head
-from hf_vla.models.base import VLAPreTrainedModel
 from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
 from hf_vla.models.tinyvla.modeling_tinyvla import TinyVLAForActionPrediction
 from hf_vla.models.tinyvla.processing_tinyvla import TinyVLAProcessor
 from hf_vla.training.arguments import ModelArguments
 from hf_vla.training.builders.base import (
     DatasetFacts,
+    check_sizes,
     config_overrides,
     continuous_dictionaries,
     keep_normalization,
+    load_backbone,
     load_checkpoint,
     refuse,
 )
@@ -44,15 +43,10 @@ def build_tinyvla(arguments: ModelArguments, facts: DatasetFacts):
         model__grid=arguments.grid,
         model__adapt_grid=arguments.adapt_grid,
     )
-    sizes = {
-        "action_dim": len(facts.action_spec.names),
-        "state_dim": None if facts.state_spec is None else len(facts.state_spec.names),
-        "chunk_size": facts.chunk_size,
-    }
     dictionaries = continuous_dictionaries(facts, NORMALIZATION, STATE_NORMALIZATION)
     if arguments.path is not None:
-        return _pretrained(arguments, sizes, dictionaries)
-    overrides = config_overrides(arguments, TinyVLAConfig, sizes)
+        return _pretrained(arguments, facts.sizes, dictionaries)
+    overrides = config_overrides(arguments, TinyVLAConfig, facts.sizes)
     _check_readout(overrides)
     make = _new if arguments.preset is not None else _new_head
     return make(arguments, overrides, dictionaries)
@@ -71,27 +65,7 @@ def _new(arguments: ModelArguments, overrides, dictionaries):
 
 def _new_head(arguments: ModelArguments, overrides, dictionaries):
     """Pretrained vision-language model, or that of a TinyVLA, with an untrained head."""
-    vlm, info = AutoModel.from_pretrained(arguments.backbone, dtype=arguments.dtype, output_loading_info=True)
-    if wrong := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]):
-        raise ValueError(
-            f"model.backbone {arguments.backbone!r} lacks {len(wrong)} weights of a {type(vlm).__name__}, or has them "
-            f"in another shape, among them {wrong[:5]}; they would be random. Does config.json belong to it?"
-        )
-    if isinstance(vlm, VLAPreTrainedModel) and not isinstance(vlm, TinyVLAForActionPrediction):
-        raise ValueError(
-            f"model.backbone {arguments.backbone!r} is a {vlm.config.model_type}: give a vision-language model of "
-            "transformers, or a tinyvla."
-        )
-    if isinstance(vlm, TinyVLAForActionPrediction):
-        backbone, parts = vlm.backbone, AutoProcessor.from_pretrained(arguments.backbone)
-    else:  # its processor as a whole may want more than we have, for videos for example
-        backbone, parts = (
-            vlm,
-            SimpleNamespace(
-                tokenizer=AutoTokenizer.from_pretrained(arguments.backbone),
-                image_processor=AutoImageProcessor.from_pretrained(arguments.backbone),
-            ),
-        )
+    backbone, parts = load_backbone(arguments, AutoModel, TinyVLAForActionPrediction)
     first = parts.tokenizer.get_vocab().get("<readout000>", len(parts.tokenizer))
     size = first + overrides.get("num_readout_tokens", 0)
     if size > backbone.get_input_embeddings().num_embeddings:
@@ -120,12 +94,9 @@ def _check_readout(overrides) -> None:
 def _pretrained(arguments: ModelArguments, sizes, dictionaries):
     """Checkpoint that keeps its weights, prompt and normalisation, but speaks for our dataset."""
     model, pretrained = load_checkpoint(arguments.path, arguments.dtype)
-    for name, wanted in sizes.items():
-        if getattr(model.config, name) != wanted:
-            raise ValueError(
-                f"The checkpoint {arguments.path!r} has {name} {getattr(model.config, name)}, the recipe's data have "
-                f"{wanted}. To give its vision-language model a new action head, name it as model.backbone."
-            )
+    own = {name: getattr(model.config, name) for name in sizes}
+    hint = "To give its vision-language model a new action head, name it as model.backbone."
+    check_sizes(arguments.path, own, sizes, hint)
     keep_normalization(dictionaries, pretrained)
     return model, TinyVLAProcessor(
         pretrained.image_processor, pretrained.tokenizer, **dictionaries, prompt_config=pretrained.prompt_config

@@ -1,0 +1,224 @@
+"""DiVLA from a recipe: new, on a pretrained backbone, from a checkpoint, and for a new robot."""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+import hf_vla  # noqa: F401
+from hf_vla.actions.heads.registry import build_action_head
+from hf_vla.models.divla.modeling_divla import DiVLAForActionPrediction
+from hf_vla.policy import Policy
+from hf_vla.training.builders.registry import build
+from hf_vla.training.trainer import open_dataset, train
+
+CHECKPOINT = {"model__preset": None, "model__config": None}
+
+
+def make(recipe):
+    dataset, train_set, _ = open_dataset(recipe.data)
+    return build(recipe, dataset, train_set)
+
+
+def save(parts, folder):
+    for part in parts:
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def divla(make_recipe, tmp_path_factory):
+    """A saved, untrained tiny DiVLA."""
+    torch.manual_seed(0)
+    return save(make(make_recipe("unused", "divla_tiny")), tmp_path_factory.mktemp("divla"))
+
+
+@pytest.fixture(scope="module")
+def latent(make_recipe, tmp_path_factory):
+    """A tiny DiVLA with latent actions after two steps."""
+    folder = tmp_path_factory.mktemp("latent")
+    train(make_recipe(folder, "divla_latent_tiny", training__max_steps=2, data__eval_episodes=[]))
+    return folder
+
+
+def test_a_new_model_is_for_the_datasets_robot(divla, make_recipe, tmp_path):
+    config = AutoModel.from_pretrained(divla).config
+    assert (config.action_dim, config.state_dim, config.chunk_size, config.max_reasoning_tokens) == (7, 8, 4, 64)
+    assert config.latent_dim is None and config.embodiments is None
+    options = {"model__config__num_kv_heads": 2}
+    with pytest.raises(ValueError, match="DiVLAConfig has no 'num_kv_heads' that model.config could set"):
+        make(make_recipe(tmp_path, "divla_tiny", **options))
+
+
+def test_a_new_model_for_data_without_reasonings_says_nothing(make_recipe, tmp_path, demo_item, caplog):
+    with caplog.at_level(logging.INFO):
+        model, processor = make(make_recipe(tmp_path, "divla_tiny", data__reasoning=None))
+    assert "No data.reasoning: the model will act without a word (max_reasoning_tokens 0)." in caplog.text
+    policy = Policy(model, processor, seed=0)
+    assert policy.predict_chunk(demo_item).shape == (4, 7) and not policy.reasoning
+    caplog.clear()
+    options = {"data__reasoning": None, "model__config__max_reasoning_tokens": 5}
+    model, _ = make(make_recipe(tmp_path, "divla_tiny", **options))
+    assert model.config.max_reasoning_tokens == 5
+    assert "data.reasoning names nothing to say, but the model says up to 5 tokens" in caplog.text
+
+
+def test_reasonings_must_be_texts_of_the_dataset_and_short_enough(divla, make_recipe, tmp_path, caplog):
+    with pytest.raises(ValueError, match="no text 'thought'"):
+        make(make_recipe(tmp_path, "divla_tiny", data__reasoning="thought"))
+    longest = len("reach for the red cubeNext action:") + 1
+    make(make_recipe(tmp_path, "divla_tiny", model__config__max_reasoning_tokens=longest))
+    with pytest.raises(ValueError, match=f"may say 34 tokens, .* has {longest} .*'reach for.*tokens to {longest} or"):
+        make(make_recipe(tmp_path, "divla_tiny", model__config__max_reasoning_tokens=34))
+    folder = shutil.copytree(divla, tmp_path / "short")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_reasoning_tokens": 34}))
+    make(make_recipe(tmp_path, "divla_tiny", **CHECKPOINT, model__path=str(folder)))
+    assert "may say 34 tokens" in caplog.text and "In predictions it will be cut short" in caplog.text
+
+
+@pytest.mark.parametrize("source", ["qwen", "divla"])
+def test_a_new_head_on_a_pretrained_backbone(source, make_recipe, tmp_path, demo_item, request, monkeypatch):
+    devices, init = [], DiVLAForActionPrediction.__init__
+    monkeypatch.setattr(
+        DiVLAForActionPrediction,
+        "__init__",
+        lambda self, config: devices.append(torch.empty(0).device.type) or init(self, config),
+    )
+    folder = request.getfixturevalue(source)
+    options = {"model__preset": None, "model__backbone": str(folder), "data__chunk_size": 8}
+    options["model__config"] = {"head_config": {"type": "regression"}, "max_reasoning_tokens": 40, "latent_dim": 9}
+    model, processor = make(make_recipe(tmp_path, "divla_tiny", **options))
+    assert set(devices) == {"meta"}  # a second backbone would take time and memory
+    assert {each.device.type for each in model.state_dict().values()} == {"cpu"}
+    pretrained = AutoModelForImageTextToText.from_pretrained(folder)
+    wanted = getattr(pretrained, "backbone", pretrained).state_dict()
+    assert "lm_head.weight" in wanted and model.backbone.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in model.backbone.state_dict().items())
+    assert processor.tokenizer.convert_ids_to_tokens(model.config.end_token_id) == (
+        "<|im_end|>" if source == "qwen" else "<eos>"
+    )
+    if source == "divla":
+        assert processor.prompt_config == AutoProcessor.from_pretrained(folder).prompt_config
+    else:
+        assert "<|im_start|>assistant\n" in processor.prompt_config["template"]
+    save((model, processor), tmp_path)
+    chunk = Policy(model, processor).predict_chunk(demo_item)
+    assert chunk.shape == (8, 7)
+    np.testing.assert_allclose(Policy.from_pretrained(tmp_path).predict_chunk(demo_item), chunk, atol=1e-5)
+
+
+def test_what_is_no_backbone_is_an_error(qwen, vlm, make_recipe, tmp_path):
+    folder = shutil.copytree(qwen, tmp_path / "qwen")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[next(name for name in tensors if "merger.mlp.0.weight" in name)]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    options = {**CHECKPOINT, "model__backbone": str(folder)}
+    with pytest.raises(ValueError, match="model.backbone .* lacks 1 weights of a Qwen2VLFor.*merger.mlp.0.weight"):
+        make(make_recipe(tmp_path, "divla_tiny", **options))
+    tinyvla = save(make(make_recipe(tmp_path, "tinyvla_tiny")), tmp_path / "tinyvla")
+    options["model__backbone"] = str(tinyvla)
+    with pytest.raises(ValueError, match="is a tinyvla: give a vision-language model of transformers, or a divla"):
+        make(make_recipe(tmp_path, "divla_tiny", **options))
+
+
+def test_a_checkpoint_goes_on_with_its_weights_and_prompt_for_new_data(divla, make_recipe, tmp_path):
+    options = {**CHECKPOINT, "model__family": None, "model__path": str(divla)}
+    model, processor = make(make_recipe(tmp_path, "divla_tiny", **options, data__unnorm_key="mine"))
+    saved = AutoModel.from_pretrained(divla).state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    assert processor.action_codec.keys == ["mine"]
+    assert processor.prompt_config == AutoProcessor.from_pretrained(divla).prompt_config
+    with pytest.raises(ValueError, match=r"has chunk_size 4, the recipe's data have 8. .* name it as model.backbone"):
+        make(make_recipe(tmp_path, "divla_tiny", **options, data__chunk_size=8))
+
+
+def test_robots_are_named_like_their_datasets(latent, make_recipe, tmp_path):
+    model, processor = AutoModel.from_pretrained(latent), AutoProcessor.from_pretrained(latent)
+    assert model.config.embodiments == {"robosuite_demos": {"action_dim": 7, "state_dim": 8}}
+    assert processor.embodiments == {"robosuite_demos": "robosuite_demos"}
+    _, processor = make(make_recipe(tmp_path, "divla_latent_tiny", data__unnorm_key="demos.v2"))
+    assert processor.embodiments == {"demos.v2": "demos_v2"}
+    options = {"model__config__embodiments": {"x": {"action_dim": 7, "state_dim": 8}}}
+    with pytest.raises(ValueError, match="model.config.embodiments follows from the data"):
+        make(make_recipe(tmp_path, "divla_latent_tiny", **options))
+
+
+METAWORLD = {
+    "data__source": "scripts/data/metaworld_demos",
+    "data__cameras": [{"name": "corner4"}],
+    "data__state": {},
+    "data__action": {"kind": "delta_ee", "frame": "base", "gripper": {"index": 3, "open": -1.0, "closed": 1.0}},
+    "data__reasoning": None,
+    "data__eval_episodes": [],
+}
+
+
+def test_a_new_robot_is_trained_alone_and_the_old_one_acts_as_before(latent, make_recipe, tmp_path, demo_item):
+    options = {**METAWORLD, **CHECKPOINT, "model__path": str(latent), "training__learning_rate": 1e-2}
+    with pytest.raises(ValueError, match="has action_dim 7, the recipe's data have 4. .* model.new_embodiment: true"):
+        make(make_recipe(tmp_path, "divla_latent_tiny", **options))
+    options["model__new_embodiment"] = True
+    train(make_recipe(tmp_path, "divla_latent_tiny", **options, training__max_steps=4, training__save_steps=2))
+    before, after = (load_file(folder / "model.safetensors") for folder in (latent, tmp_path))
+    assert {name for name in after if not name.startswith("embodiments.metaworld_demos")} == before.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    untrained = [name for name in after if name.endswith("couplings.0.2.weight") and not after[name].any()]
+    assert untrained == ["embodiments.robosuite_demos.decoder.couplings.0.2.weight"]
+
+    wanted = Policy.from_pretrained(latent, seed=0).predict_chunk(demo_item)
+    old = Policy.from_pretrained(tmp_path, unnorm_key="robosuite_demos", seed=0)
+    np.testing.assert_allclose(old.predict_chunk(demo_item), wanted, atol=1e-5)
+    observation = {"observation.images.corner4": np.zeros((96, 96, 3), np.uint8), "task": "reach"}
+    new = Policy.from_pretrained(tmp_path, unnorm_key="metaworld_demos")
+    size = len(new.state_spec.names)
+    assert new.predict_chunk(observation | {"observation.state": np.zeros(size)}).shape == (4, 4)
+
+    # resumed, and gone on with, as the robot that it is now known as
+    again = tmp_path / "again"
+    options |= {"training__max_steps": 4, "training__save_strategy": "no"}
+    checkpoint = str(tmp_path / "checkpoint-2")
+    train(make_recipe(again, "divla_latent_tiny", **options, training__resume_from_checkpoint=checkpoint))
+    resumed = load_file(again / "model.safetensors")
+    assert all(torch.equal(value, resumed[name]) for name, value in after.items())
+    options |= {"model__path": str(tmp_path), "model__new_embodiment": False}
+    model, processor = make(make_recipe(again, "divla_latent_tiny", **options))
+    assert processor.embodiments == {"metaworld_demos": "metaworld_demos"}
+    assert len(model.embodiments) == 2 and all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ValueError, match=r"None of the checkpoint's embodiments \['metaworld_demos', 'robosuite_de"):
+        make(make_recipe(again, "divla_latent_tiny", **options, data__unnorm_key="third"))
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "message"),
+    [
+        ("divla", {"data__unnorm_key": "mine"}, "denoises the actions of one robot"),
+        ("latent", {}, "knows a dataset 'robosuite_demos' already: name yours by another data.unnorm_key"),
+        ("latent", {"data__unnorm_key": "x", "data__chunk_size": 2}, "has chunk_size 4, .* have 2. Robots share"),
+        ("latent", {"data__unnorm_key": "x", "data__state": None}, "has state_dim 8, .* have None. Robots share"),
+    ],
+)
+def test_a_new_robot_that_the_checkpoint_cannot_learn(source, overrides, message, make_recipe, tmp_path, request):
+    options = {**CHECKPOINT, "model__path": str(request.getfixturevalue(source)), "model__new_embodiment": True}
+    with pytest.raises(ValueError, match=message):
+        make(make_recipe(tmp_path, "divla_tiny", **options, **overrides))
+
+
+def test_a_head_starts_from_published_weights(make_recipe, tmp_path, caplog):
+    denoiser = {"type": "dit", "depth": 2, "hidden_size": 16, "num_heads": 2}
+    config = {"type": "diffusion", "condition": {"norm": False, "combine": "mlp"}, "denoiser": denoiser}
+    torch.manual_seed(1)
+    published = build_action_head(config, 24, 14, 50, 14).denoiser.state_dict()
+    save_file({f"policy_head.{name}": value for name, value in published.items()}, tmp_path / "model.safetensors")
+    options = {"model__config": {"head_config": config}, "model__head_weights": str(tmp_path)}
+    with caplog.at_level(logging.INFO):
+        model, _ = make(make_recipe(tmp_path / "run", "divla_tiny", **options))
+    own = model.action_head.state_dict()
+    assert torch.equal(own["denoiser.blocks.1.attn.qkv.weight"], published["blocks.1.attn.qkv.weight"])
+    assert torch.equal(own["denoiser.pos_embed"], published["pos_embed"][:, :4])
+    assert "The action head starts from" in caplog.text and "denoiser.x_embedder.weight" in caplog.text
