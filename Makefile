@@ -1,4 +1,4 @@
-# make demo    train, save, reload and try a tiny model on the embedded demonstrations; MODEL=tinyvla for the other one
+# make demo    train, save, reload and try a tiny model on the embedded demonstrations; MODEL=tinyvla or divla for the others
 # make test    the default test suite (CPU, offline)
 # make check   lint, format, types, architecture; changes nothing
 # make format  put every file into the house format

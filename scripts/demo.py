@@ -1,7 +1,7 @@
 """The whole way in a few minutes on two CPU cores: train a tiny model, save it, load it again, predict.
 
-`make demo` (SpatialVLA) or `make demo MODEL=tinyvla`; `python scripts/demo.py --model tinyvla`. Everything it makes is
-in outputs/demo, or outputs/demo_tinyvla.
+`make demo` (SpatialVLA), `make demo MODEL=tinyvla` or `MODEL=divla`; `python scripts/demo.py --model divla`.
+Everything it makes is in outputs/demo, outputs/demo_tinyvla or outputs/demo_divla.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,17 @@ DEMOS = {
         "The model sees the pictures of two cameras, the instruction and where the hand and its fingers are, but not "
         "the past. Its actions are samples: the noise that they start from is the same in every evaluation.",
     ),
+    "divla": Demo(
+        "tiny DiVLA",
+        RECIPES / "divla_tiny.yaml",
+        500,
+        "outputs/demo_divla",
+        "The model sees the pictures of two cameras, the instruction and where the hand and its fingers are, but not "
+        "the past; it says which phase of the task comes next, and what it said conditions its actions. Those are "
+        "samples: the noise that they start from is the same in every evaluation.",
+    ),
 }
+RECORDED = "the same, words as recorded"
 SWAPPED = "the same, shown other pictures"
 MEAN, MEDIAN, LAST = "mean action", "median action", "last action, repeated"
 MEANING = """\
@@ -77,7 +88,7 @@ def evaluate(demo, output):
     spec, _ = processor.action_codec.specs()
     data = load_recipe(demo.recipe).data
     dataset, train_set, eval_set = open_dataset(data)
-    collator = VLACollator(processor, None, dataset.camera_keys, with_state=data.state is not None)
+    collator = VLACollator(processor, None, dataset.camera_keys, data.state is not None, data.reasoning)
     column = dataset.column("action")
 
     # the first frame of an episode has no action before it that could be repeated
@@ -86,20 +97,26 @@ def evaluate(demo, output):
     for task in np.unique(tasks):
         others[tasks == task] = np.random.default_rng(0).permutation(rows[tasks == task])
 
-    def predict(pictures):
-        chunks, generator = [], torch.Generator().manual_seed(0)
+    def predict(pictures, recorded=False):
+        chunks, said, generator = [], [], torch.Generator().manual_seed(0)
         for places in np.array_split(np.arange(len(rows)), len(rows) // 32):
             seen = [{key: dataset[row][key] for key in dataset.camera_keys} for row in pictures[places]]
             items = [dataset[row] | images for row, images in zip(rows[places], seen, strict=True)]
-            inputs = collator.prompts(items)["inputs"]
-            chunks.append(processor.decode_actions(model.predict_action(**inputs, generator=generator)))
-        return np.concatenate(chunks)
+            inputs = collator(items) if recorded else collator.prompts(items)["inputs"]
+            inputs = {name: value for name, value in inputs.items() if name not in ("actions", "action_mask")}
+            output = model.predict_action(**inputs, generator=generator)
+            chunks.append(processor.decode_actions(output))
+            if output.reasoning_ids is not None:
+                said += processor.decode_reasoning(output)
+        return np.concatenate(chunks), said
 
     windows, is_pad = dataset.windows("action")
     actions, mask = windows[rows], ~is_pad[rows]
+    chunks, said = predict(rows)
     guesses = {
-        demo.title: predict(rows),
-        SWAPPED: predict(others),
+        demo.title: chunks,
+        **({RECORDED: predict(rows, recorded=True)[0]} if said else {}),
+        SWAPPED: predict(others)[0],
         MEAN: np.broadcast_to(column[train_set.indices].mean(0), actions.shape),
         MEDIAN: np.broadcast_to(np.median(column[train_set.indices], axis=0), actions.shape),
         LAST: np.broadcast_to(column[rows - 1][:, None], actions.shape),
@@ -122,17 +139,36 @@ def evaluate(demo, output):
         highlight=False,
     )
 
-    each = (np.abs(guesses[demo.title] - actions).mean(-1) * mask).sum(-1) / mask.sum(-1)
+    each = (np.abs(chunks - actions).mean(-1) * mask).sum(-1) / mask.sum(-1)
     middle = np.argsort(each)[len(rows) // 2]
-    show(dataset[rows[middle]], guesses[demo.title][middle], actions[middle], processor, output)
+    words = None
+    if said:
+        recorded = dataset.texts(data.reasoning)
+        compare_words(said, recorded, rows, train_set.indices, dataset.column("task_index"))
+        words = said[middle], recorded[rows[middle]]
+    show(dataset[rows[middle]], chunks[middle], actions[middle], words, processor, output)
 
 
-def show(item, chunk, recorded, processor, output):
+def compare_words(said, recorded, rows, train_rows, tasks):
+    """Print how often the model says what was recorded, beside a guess without looking."""
+    frequent = {task: Counter(recorded[row] for row in train_rows if tasks[row] == task) for task in set(tasks[rows])}
+    guesses = [frequent[task].most_common(1)[0][0] for task in tasks[rows]]
+    right, guessed = (np.mean(words == recorded[rows]) for words in (said, guesses))
+    Console().print(
+        f"It says what was recorded on {right:.0%} of these frames; to say always what is most frequent with the "
+        f"instruction would be right on {guessed:.0%}.\n",
+        highlight=False,
+    )
+
+
+def show(item, chunk, recorded, words, processor, output):
     """Print and draw a prediction, and say how to get it on the command line."""
     console, (spec, state_spec) = Console(), processor.action_codec.specs()
     place = f"episode {int(item['episode_index'])}, frame {int(item['frame_index'])}, of median error: {item['task']}"
-    console.print(chunk_table(chunk, spec, title=f"Predicted for {place}"))
-    console.print(chunk_table(recorded, spec, title="Recorded there"))
+    titles = [f"Predicted for {place}", "Recorded there"]
+    if words is not None:
+        titles = [f"{title}\nin words: {text!r}" for title, text in zip(titles, words, strict=True)]
+    console.print(chunk_table(chunk, spec, title=titles[0]), chunk_table(recorded, spec, title=titles[1]))
     names, frames, options = [camera.name for camera in processor.camera_specs()], [], ""
     for name in names:
         pixels = item[f"observation.images.{name}"].permute(1, 2, 0).numpy()
@@ -158,7 +194,7 @@ def main():
     parser.add_argument("--model", choices=sorted(DEMOS), default="spatialvla", help="default: %(default)s")
     parser.add_argument("--steps", type=int, help="training steps (default: the model's)")
     parser.add_argument("--seconds", type=float, default=175, help="longest training (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="folder (default: outputs/demo, outputs/demo_tinyvla)")
+    parser.add_argument("--output", type=Path, help="folder (default: the model's)")
     parser.add_argument("--evaluate", action="store_true", help="only evaluate what an earlier run saved")
     arguments = parser.parse_args()
     os.chdir(ROOT)
