@@ -1,5 +1,6 @@
 """What every action head offers: a loss for training, samples for acting, nothing in between."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +31,9 @@ class ActionHead(nn.Module, ABC):
     Raises:
         ValueError: an option is not valid.
     """
+
+    bound: float = math.inf  # a sample has no larger numbers, nor any below -bound
+    differentiable: bool = True  # whether the loss has gradients for the actions that it is given
 
     def __init__(
         self,

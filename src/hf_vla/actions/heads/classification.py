@@ -25,6 +25,8 @@ class ClassificationHead(ActionHead):
     Source: RT-1, https://huggingface.co/papers/2212.06817
     """
 
+    bound, differentiable = 1.0, False
+
     def __init__(
         self,
         feature_dim: int,

@@ -60,6 +60,8 @@ class DiffusionHead(DenoisingHead):
         self.scheduler_config = dict(SCHEDULER if scheduler is None else scheduler)
         config = self.build_scheduler().config
         self.prediction_type, self.num_train_timesteps = config.prediction_type, config.num_train_timesteps
+        if config.get("clip_sample"):
+            self.bound = config.get("clip_sample_range", 1.0)
 
     @torch.compiler.disable
     def build_scheduler(self, num_inference_steps: int | None = None) -> Any:

@@ -76,7 +76,7 @@ class ReasoningFiLM(nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch_size, dim)`.
         """
-        tokens = tokens.to(next(self.parameters()).dtype)
+        tokens = tokens.to(self.film.scale.weight.dtype)
         prompt = self.prompt_proj(tokens, prompt_mask)
         reasoning = self.reasoning_proj(tokens, reasoning_mask)
         return self.film(prompt, reasoning, reasoning_mask.any(-1)) + masked_mean(tokens, prompt_mask)
