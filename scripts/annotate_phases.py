@@ -114,19 +114,31 @@ def phases(commands: np.ndarray, closed: np.ndarray, still: float) -> np.ndarray
 
 
 def write(root: Path, phrases: list[str], numbers: dict[int, int]):
-    """Add the column, the table of phrases and, last, what `meta/info.json` says of them."""
-    info_path = root / "meta/info.json"
-    info = json.loads(info_path.read_text(encoding="utf-8"))
-    for path in schema.data_files(root, schema.read_info(root)):
-        with pq.ParquetFile(path) as file:  # in LeRobot's row groups, one for each episode
-            tables = [_with_column(file.read_row_group(group), numbers) for group in range(file.num_row_groups)]
-        with pq.ParquetWriter(path, tables[0].schema) as writer:
-            for table in tables:
-                writer.write_table(table)
-    table = pd.DataFrame({COLUMN: range(len(phrases))}, index=pd.Index(phrases, name=schema.SUBTASK))
-    table.to_parquet(root / "meta/subtasks.parquet")
-    info["features"][COLUMN] = {"dtype": "int64", "shape": [1], "names": None}
-    info_path.write_text(json.dumps(info, indent=4, ensure_ascii=False), encoding="utf-8")
+    """Add the column, the table of phrases and, last, what `meta/info.json` says of them.
+
+    Everything is written beside the files that it replaces once all is there: a run that ends early, wherever it does,
+    leaves a dataset that can be read, and annotated again.
+    """
+    files = schema.data_files(root, schema.read_info(root))
+    info_path, subtasks = root / "meta/info.json", root / "meta/subtasks.parquet"
+    new = {path: path.with_name(f".{path.name}.new") for path in [*files, subtasks, info_path]}
+    try:
+        for path in files:
+            with pq.ParquetFile(path) as file:  # in LeRobot's row groups, one for each episode
+                tables = [_with_column(file.read_row_group(group), numbers) for group in range(file.num_row_groups)]
+            with pq.ParquetWriter(new[path], tables[0].schema) as writer:
+                for table in tables:
+                    writer.write_table(table)
+        table = pd.DataFrame({COLUMN: range(len(phrases))}, index=pd.Index(phrases, name=schema.SUBTASK))
+        table.to_parquet(new[subtasks])
+        info = json.loads(info_path.read_text(encoding="utf-8"))
+        info["features"][COLUMN] = {"dtype": "int64", "shape": [1], "names": None}
+        new[info_path].write_text(json.dumps(info, indent=4, ensure_ascii=False), encoding="utf-8")
+        for path, written in new.items():
+            written.replace(path)
+    finally:
+        for written in new.values():
+            written.unlink(missing_ok=True)
 
 
 def _with_column(table: pa.Table, numbers: dict[int, int]) -> pa.Table:

@@ -62,15 +62,36 @@ def test_subtasks_are_read_as_lerobot_reads_them(copy, add, name, index):
     assert dataset.texts("subtask").tolist() == [item["subtask"] for item in dataset] == expected
 
 
-def test_rows_that_are_not_annotated_have_no_subtask(copy, add):
-    """Their number is -1, which LeRobot reads as the last subtask."""
+@pytest.mark.parametrize("kind", [pa.int64(), pa.int32(), pa.float64()])  # the last is what pandas makes of nulls
+@pytest.mark.parametrize("number", [lambda row: -1 if row < 2 else 1, lambda row: None if row < 2 else 1])
+def test_rows_that_are_not_annotated_have_no_subtask(copy, add, number, kind):
+    """Their number is -1, which LeRobot reads as the last subtask, or null."""
     root = copy()
-    add(root, "subtask_index", "int64", lambda rows: pa.array([-1 if row < 2 else 1 for row in rows]))
+    add(root, "subtask_index", "int64", lambda rows: pa.array([number(row) for row in rows], kind))
     write_subtasks(root)
-    assert LeRobotEpisodes(root, cameras=[]).texts("subtask").tolist()[:3] == [None, None, "take it"]
+    dataset = LeRobotEpisodes(root, cameras=[])
+    assert dataset.texts("subtask").tolist()[:3] == [None, None, "take it"]
+    assert dataset[1]["subtask"] is None and dataset[2]["subtask"] == "take it"
+    assert dataset.column("subtask_index").dtype == np.int64 and dataset[1]["subtask_index"] == -1
 
 
-@pytest.mark.parametrize(("number", "said"), [(3, "3"), (-2, "-2"), (None, "nan")])
+def test_a_dataset_may_have_no_subtask_yet(copy, add):
+    root = copy()
+    add(root, "subtask_index", "int64", lambda rows: pa.nulls(len(rows)))
+    write_subtasks(root)
+    assert set(LeRobotEpisodes(root, cameras=[]).texts("subtask")) == {None}
+
+
+@pytest.mark.parametrize("number", ["one", 1.5])
+def test_what_numbers_no_subtask_is_refused(copy, add, number):
+    root = copy()
+    add(root, "subtask_index", "int64", lambda rows: pa.array([number] * len(rows)))
+    write_subtasks(root)
+    with pytest.raises(ValueError, match=f"subtask_index {number} of episode 0, frame 0 is none of the"):
+        LeRobotEpisodes(root, cameras=[])
+
+
+@pytest.mark.parametrize(("number", "said"), [(3, "3"), (-2, "-2")])
 @pytest.mark.parametrize("name", VERSIONS)
 def test_a_wrong_number_of_a_subtask_is_an_error_that_names_the_row(copy, add, name, number, said):
     root = copy(name)
@@ -92,6 +113,26 @@ def test_a_table_of_subtasks_that_cannot_be_read_is_an_error(copy, add):
         LeRobotEpisodes(root)
     pq.write_table(pa.table({"subtask_index": [0, 1, 2]}), root / "meta/subtasks.parquet")
     with pytest.raises(ValueError, match=r"subtasks.parquet: expected a column 'subtask', came \['subtask_index'\]"):
+        LeRobotEpisodes(root)
+
+
+@pytest.mark.parametrize("name", ["subtasks", "tasks"])
+def test_numbers_are_no_texts(copy, add, name):
+    root = copy()
+    add(root, "subtask_index", "int64", thirds)
+    write_subtasks(root)
+    column = name.removesuffix("s")
+    pq.write_table(pa.table({column: [10, 11, 12], f"{column}_index": [0, 1, 2]}), root / f"meta/{name}.parquet")
+    with pytest.raises(ValueError, match=rf"meta/{name}.parquet: expected texts in the column '{column}', came 10"):
+        LeRobotEpisodes(root)
+
+
+@pytest.mark.parametrize("values", [range(99), [None, 1.5] * 99, [b"left"] * 99, [True] * 99])
+def test_a_column_of_text_that_holds_something_else_is_an_error(copy, add, values):
+    root = copy()
+    add(root, "reasoning", "string", lambda rows: pa.array([*values][: len(rows)]))
+    message = r"v30_video_av1/data: meta/info.json declares column 'reasoning' as text, but it holds .*; write its"
+    with pytest.raises(ValueError, match=message):
         LeRobotEpisodes(root)
 
 
@@ -131,6 +172,30 @@ def test_annotations_of_groot_number_the_tasks(copy, add, name):
     message = r"annotation.wrong 9 of episode 0, frame 0 is none of the dataset's 3 task\(s\); add it to meta/tasks"
     with pytest.raises(ValueError, match=message):
         LeRobotEpisodes(root)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['["annotation"]', '{"annotation": ["score"]}', '{"annotation": "score"}', "{}", "null", '{"annotation": {', "4"],
+)
+def test_a_declaration_of_another_form_declares_nothing(copy, add, content):
+    """And stops nobody who does not ask for its texts."""
+    root = copy()
+    add(root, "annotation.score", "int64", thirds)
+    (root / "meta/modality.json").write_text(content)
+    dataset = LeRobotEpisodes(root, cameras=[])
+    assert dataset[4]["annotation.score"] == 1
+    with pytest.raises(ValueError, match=r"no text 'annotation.score'; it has \['task'\]. GR00T's .*modality.json"):
+        dataset.texts("annotation.score")
+
+
+@pytest.mark.parametrize("entry", ["score", ["score"], {"original_key": ["score"]}, {"original_key": 3}])
+def test_an_annotation_of_another_form_is_its_own_column(copy, add, entry):
+    root = copy()
+    add(root, "annotation.score", "int64", thirds)
+    (root / "meta/modality.json").write_text(json.dumps({"annotation": {"score": entry}}))
+    dataset = LeRobotEpisodes(root, cameras=[])
+    assert dataset[4]["annotation.score"] == dataset.tasks[1]
 
 
 def test_language_messages_are_refused_where_they_are_asked_for(copy, add):

@@ -83,6 +83,30 @@ def test_a_run_that_was_interrupted_can_be_repeated(script, bare, demos):
     check_annotation(bare, demos)
 
 
+@pytest.mark.parametrize("moment", ["writing", "replacing"])
+def test_a_run_that_breaks_off_leaves_a_dataset(script, bare, demos, monkeypatch, moment):
+    """Untouched while files are written; readable, and without the column, once they are replaced."""
+    before, columns = contents(bare), LeRobotEpisodes(bare, cameras=[]).features
+    place, name = {"writing": (pd.DataFrame, "to_parquet"), "replacing": (Path, "replace")}[moment]
+    original, calls = getattr(place, name), []
+
+    def break_off(self, *arguments):
+        calls.append(self)
+        if moment == "writing" or len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, break_off)
+        with pytest.raises(KeyboardInterrupt):
+            script.main([str(bare)])
+    after = contents(bare)
+    assert after.keys() == before.keys() and (after == before) == (moment == "writing")
+    assert LeRobotEpisodes(bare, cameras=[]).features == columns
+    script.main([str(bare)])
+    check_annotation(bare, demos)
+
+
 def test_a_gripper_that_is_told_nothing_is_open(script, bare, demos):
     def nothing(table):
         actions = np.array(table["action"].to_pylist(), np.float32)

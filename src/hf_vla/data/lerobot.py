@@ -118,6 +118,8 @@ class LeRobotEpisodes(Dataset):
         hint = ""
         if key in self.info.language_keys:
             hint = " LeRobot's messages are no text per row: write the one meant to a column of text, or as subtasks."
+        elif key.startswith("annotation."):
+            hint = " GR00T's annotations are columns that meta/modality.json lists: {'annotation': {name: {}}}."
         elif key in (schema.SUBTASK, schema.SUBTASK + schema.INDEX_SUFFIX):
             hint = " Subtasks are the column 'subtask_index' and meta/subtasks.parquet together, read as 'subtask'."
         raise ValueError(f"{self.name}: no text {key!r}; it has {self.text_columns}.{hint}")
@@ -273,7 +275,13 @@ class LeRobotEpisodes(Dataset):
         rows = rows[np.isin(columns["episode_index"][rows], [episode.index for episode in self.episodes])]
         columns = {key: column[rows] for key, column in columns.items()}
         self._check_rows(columns)
+        optional = {key for key, _, texts in self._indexed.values() if -1 in texts}
+        with_nulls = [key for key in optional if columns[key].dtype.kind != "i"]
+        for key in with_nulls:  # a row without a number has no text, like one of number -1
+            missing = [number is None or number != number for number in columns[key].tolist()]
+            columns[key] = np.where(missing, -1, columns[key])
         self._check_texts(columns)
+        columns |= {key: columns[key].astype(np.int64) for key in with_nulls}
         self._check_finite(columns)
         return columns, rows
 

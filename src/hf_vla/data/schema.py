@@ -113,13 +113,20 @@ def read_subtasks(root: Path) -> dict[int, str] | None:
 def read_annotations(root: Path) -> dict[str, str]:
     """Read which columns number further tasks of a row: GR00T's name of the annotation -> column.
 
+    A file of another form declares none: who asks for such a text is told that it is missing.
+
     Source: https://github.com/NVIDIA/Isaac-GR00T/blob/main/getting_started/data_preparation.md
     """
-    if not (root / "meta/modality.json").is_file():
+    try:
+        modality = _read_json(root, "meta/modality.json")
+    except (FileNotFoundError, ValueError):
         return {}
-    annotations = _read_json(root, "meta/modality.json").get("annotation") or {}
-    columns = {f"annotation.{name}": (entry or {}).get("original_key") for name, entry in annotations.items()}
-    return {key: column or key for key, column in columns.items()}
+    annotations = modality.get("annotation") if isinstance(modality, dict) else None
+    columns = {}
+    for name, entry in annotations.items() if isinstance(annotations, dict) else ():
+        column = entry.get("original_key") if isinstance(entry, dict) else None
+        columns[f"annotation.{name}"] = column if isinstance(column, str) else f"annotation.{name}"
+    return columns
 
 
 def read_episodes(root: Path, info: DatasetInfo) -> list[Episode]:
@@ -161,7 +168,8 @@ def read_columns(files: list[Path], features: dict[str, dict]) -> dict[str, np.n
         numbers int64, text objects.
 
     Raises:
-        ValueError: a column is missing, or its rows do not have the shape that `meta/info.json` gives.
+        ValueError: a column is missing, or its rows do not have the shape that `meta/info.json` gives, or are no text
+            where that says so.
     """
     names = pq.read_schema(files[0]).names
     missing = sorted(set(features) - set(names))
@@ -176,6 +184,11 @@ def read_columns(files: list[Path], features: dict[str, dict]) -> dict[str, np.n
         values = values.to_numpy(zero_copy_only=False)
         if values.dtype.kind in "fiu":
             values = values.astype(np.float32 if values.dtype.kind == "f" else np.int64, copy=False)
+        if feature["dtype"] == "string" and (other := next(filter(_is_no_text, values.tolist()), None)) is not None:
+            raise ValueError(
+                f"{files[0].parent.parent}: meta/info.json declares column {key!r} as text, but it holds {other!r}; "
+                "write its values as text, or declare them as what they are."
+            )
         shape = () if tuple(feature["shape"]) == (1,) else tuple(feature["shape"])
         if values.size != table.num_rows * int(np.prod(shape)):
             raise ValueError(
@@ -222,12 +235,18 @@ def _read_texts(path: Path, name: str) -> dict[int, str]:
     if column is None:
         raise ValueError(f"{path}: expected a column {name!r}, came {table.column_names}.")
     texts = dict(enumerate(table[column].to_pylist()))  # LeRobot takes the place of a row for its number
+    if (other := next(filter(_is_no_text, texts.values()), None)) is not None:
+        raise ValueError(f"{path}: expected texts in the column {column!r}, came {other!r}; write them as text.")
     if number in table.column_names and table[number].to_pylist() != [*texts]:
         raise ValueError(
             f"{path}: expected the rows in the order of their {number}, came {table[number].to_pylist()}; sort them, "
             "or LeRobot and this library would read different texts."
         )
     return texts
+
+
+def _is_no_text(value) -> bool:
+    return value is not None and not isinstance(value, str)
 
 
 def _existing(root: Path, name: str) -> Path:
