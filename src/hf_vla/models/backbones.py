@@ -12,12 +12,74 @@ _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 _TOKEN_TYPES = {"token_type_ids", "mm_token_type_ids"}
 # fields of language models by which some backbones change what their language head returns
 _LOGIT_CHANGES = ("logit_scale", "logits_scaling", "output_multiplier", "unpadded_vocab_size")
+# what image processors of transformers say of pictures beside pixel_values
+_IMAGE_INPUTS = {
+    *("high_res_pixel_values", "pixel_attention_mask", "pixel_mask", "pixel_values_local"),
+    *("image_grid_thw", "image_grids", "image_merge_sizes", "image_num_crops", "image_position_ids", "image_sizes"),
+    *("image_token_pooling", "aspect_ratio_ids", "aspect_ratio_mask", "batch_num_images", "num_local_patches"),
+    *("patches_grid", "spatial_shapes", "target_sizes"),
+}
 
 
 def backbone_inputs(backbone: PreTrainedModel) -> set[str]:
-    """Names that a backbone's `forward` takes, without those that its callers set themselves."""
-    parameters = inspect.signature(backbone.forward).parameters.values()
-    return {each.name for each in parameters if each.kind != each.VAR_KEYWORD} - {"use_cache", "past_key_values"}
+    """What a backbone's `forward` takes of pictures beside `pixel_values`; all else is for its callers to say."""
+    return _parameters(backbone) & _IMAGE_INPUTS
+
+
+def _parameters(backbone: PreTrainedModel) -> set[str]:
+    return set(inspect.signature(backbone.forward).parameters)
+
+
+def pretrained_backbone(backbone: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A backbone whose weights stay as they are when a model is built around it.
+
+    Args:
+        backbone (`PreTrainedModel`): it.
+        config (`PreTrainedConfig`): of the model.
+
+    Raises:
+        ValueError: `config.backbone_config` is another's.
+    """
+    if config.backbone_config is not backbone.config:
+        raise ValueError(
+            f"Expected the configuration of this {type(backbone).__name__}: build it as "
+            f"{type(config).__name__}(backbone_config=backbone.config, ...)."
+        )
+    for module in backbone.modules():
+        module._is_hf_initialized = True  # else a layer that was exchanged would be drawn anew
+    return backbone
+
+
+def check_images(
+    backbone: PreTrainedModel,
+    is_image: torch.Tensor,
+    pixel_values: torch.Tensor | None,
+    others: dict[str, Any],
+) -> None:
+    """Raise where prompts have pictures that were not handed on.
+
+    Args:
+        backbone, is_image: see [`token_types`].
+        pixel_values (`torch.Tensor`): the pictures.
+        others (`dict`): see [`token_positions`].
+
+    Raises:
+        ValueError: `pixel_values` are missing or, where the backbone needs it, a row of `image_grid_thw`.
+    """
+    hint = "hand on everything that the processor returns, for the same samples"
+    if not is_image.any():
+        return
+    if pixel_values is None:
+        raise ValueError(f"Expected pixel_values, since the prompts have image tokens, got none: {hint}.")
+    if hasattr(backbone, "get_rope_index"):
+        grid = others.get("image_grid_thw")
+        count = int(is_image[:, 0].sum() + (is_image[:, 1:] & ~is_image[:, :-1]).sum())
+        if grid is None or grid.shape != (count, 3):
+            got = "none" if grid is None else f"shape {tuple(grid.shape)}"
+            raise ValueError(
+                f"Expected image_grid_thw with a row for each of the {count} pictures in the prompts, got {got}: "
+                f"{hint}."
+            )
 
 
 def check_length(text_config, length: int, num_new_tokens: int = 0) -> None:
@@ -29,9 +91,12 @@ def check_length(text_config, length: int, num_new_tokens: int = 0) -> None:
     longest = getattr(text_config, "max_position_embeddings", None)
     if longest is not None and length + num_new_tokens > longest:
         room = f" beside {num_new_tokens} to be generated" if num_new_tokens else ""
+        mend = (
+            f"set max_reasoning_tokens to {longest - length} or less, " if num_new_tokens and length <= longest else ""
+        )
         raise ValueError(
             f"Expected prompts of at most {longest - num_new_tokens} tokens, for which the backbone has positions"
-            f"{room}, got {length}: shorten the instruction, or look through fewer cameras."
+            f"{room}, got {length}: {mend}shorten the instruction, or look through fewer cameras."
         )
 
 
@@ -53,7 +118,7 @@ def _obstacle(model: PreTrainedModel) -> str | None:
     base = model.base_model
     if base is model or model.get_output_embeddings() is None:
         return "has no language head of its own behind a base model"
-    names = set(inspect.signature(base.forward).parameters)
+    names = _parameters(base)
     if model.config.is_encoder_decoder or not {"past_key_values", "position_ids"} <= names:
         return "is an encoder with a decoder, or takes no position_ids"
     if strange := sorted(name for name in names - _TOKEN_TYPES if "token_type" in name):
@@ -83,7 +148,7 @@ def token_types(
     Returns:
         `dict[str, torch.Tensor]` of shape `(batch_size, sequence_length)` each.
     """
-    names, types = backbone_inputs(backbone), {}
+    names, types = _parameters(backbone), {}
     if "token_type_ids" in names:
         # PaliGemma: 0 is the prompt, which attends to itself in both directions; others: 1 is an image.
         prefix = backbone.config.model_type == "paligemma"
@@ -111,7 +176,12 @@ def token_positions(
 
     Returns:
         `torch.Tensor` of shape `(batch_size, sequence_length)`, or `(3, batch_size, sequence_length)` for M-RoPE.
+
+    Raises:
+        ValueError: the backbone takes none.
     """
+    if "position_ids" not in _parameters(backbone):
+        raise ValueError("Expected prompts padded on the right, got padding at the beginning of a prompt.")
     if "image_grid_thw" in others and hasattr(backbone, "get_rope_index"):
         # Left to itself, the backbone would drop the tokens of a missing camera, but not the camera's grid.
         positions, _ = backbone.get_rope_index(

@@ -8,6 +8,8 @@ from transformers import BatchFeature, PreTrainedTokenizerBase
 
 from hf_vla.actions.codec import ActionCodec
 
+IGNORED = -100  # a label that no loss reads
+
 
 class VLAFeatures(BatchFeature):
     """A batch whose measurements stay float32 when `.to(dtype)` casts the rest: bfloat16 would shift them."""
@@ -30,18 +32,31 @@ def per_sample(images, text, unnorm_key) -> tuple[list, list[str], list[str | No
     """Images, instructions and datasets of a batch, one of each per sample.
 
     Raises:
-        ValueError: images or text are missing, or the counts differ.
+        ValueError: images or text are missing, text is something else, or the counts differ.
     """
     if images is None or text is None:
         raise ValueError(f"Expected `images` and `text`, got no {'images' if images is None else 'text'}.")
     images = list(images) if is_batch(images) else [images]
-    texts = [text] * len(images) if isinstance(text, str) else list(text)
+    texts = one_each(text, len(images), "text")
     keys = list(unnorm_key) if isinstance(unnorm_key, (list, tuple)) else [unnorm_key] * len(images)
     if not len(texts) == len(keys) == len(images) or not images:
         raise ValueError(
             f"Got {len(images)} images, {len(texts)} texts and {len(keys)} unnorm_keys: give one per sample."
         )
     return images, texts, keys
+
+
+def one_each(texts, batch_size: int, name: str) -> list:
+    """List what is given as a list, and repeat what serves the whole batch: a text, or None.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if texts is None or isinstance(texts, str):
+        return [texts] * batch_size
+    if isinstance(texts, (list, tuple)) or getattr(texts, "ndim", 0) == 1:
+        return list(texts)
+    raise ValueError(f"Expected `{name}` to be a text, or a list with one per sample, got {texts!r}.")
 
 
 def as_numpy(values) -> np.ndarray:
@@ -69,7 +84,7 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase, *others: int) -> set[int]:
-    """What no instruction may hold: special tokens and others; unknown characters are no crime."""
+    """What no instruction may hold: special tokens and others, but for the one that stands for unknown characters."""
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return {*others, *special, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
 
@@ -121,7 +136,7 @@ def decode_predictions(codec: ActionCodec, predictions: np.ndarray, unnorm_key) 
     """Robot actions of a batch of predictions; `unnorm_key` is one for all or a list with one per sample.
 
     Raises:
-        ValueError: the counts differ; see also [`~hf_vla.actions.codec.ActionCodec.decode`].
+        ValueError: the counts differ, or [`~hf_vla.actions.codec.ActionCodec.decode`] refuses one of them.
     """
     if not isinstance(unnorm_key, (list, tuple)):
         return codec.decode(predictions, unnorm_key)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 
 INDEX = "model.safetensors.index.json"
@@ -219,6 +220,18 @@ def expect(published: dict[str, Any], name: str, *expected: Any, place: str = "c
         )
 
 
+def build_config(config_class: Callable[..., Any], **options) -> Any:
+    """Build a family's configuration from what a published one says.
+
+    Raises:
+        ValueError: an option has another type than it should have, or another value.
+    """
+    try:
+        return config_class(**options)
+    except StrictDataclassError as error:
+        raise ValueError(f"Expected usual types and values in config.json, came another. {error}") from error
+
+
 def fields(published: dict[str, Any], names: Sequence[str], place: str = "config.json") -> dict[str, Any]:
     """Take fields of a published configuration.
 
@@ -228,6 +241,18 @@ def fields(published: dict[str, Any], names: Sequence[str], place: str = "config
     if missing := [name for name in names if name not in published]:
         raise ValueError(f"Expected {missing} in {place}; they are missing, and nothing else tells them.")
     return {name: published[name] for name in names}
+
+
+def section(published: dict[str, Any], name: str, place: str = "config.json") -> dict[str, Any]:
+    """Take a field of a published configuration that holds fields itself.
+
+    Raises:
+        ValueError: it is missing, or holds none.
+    """
+    value = fields(published, [name], place)[name]
+    if not isinstance(value, dict):
+        raise ValueError(f"Expected {name} in {place} to hold fields of its own, came {value!r}.")
+    return value
 
 
 def split_unused(

@@ -24,6 +24,8 @@ class VLAOutput(ModelOutput):
         diffusion_loss (`torch.Tensor` of shape `()`): the action head's part of a loss that has several.
         ntp_loss (`torch.Tensor` of shape `()`): the reasoning's part, next-token prediction, before it is weighted.
         reconstruction_loss (`torch.Tensor` of shape `()`): the part of latents that hold less than actions do.
+        volume_loss (`torch.Tensor` of shape `()`): the part that keeps latents from shrinking in front of a frozen
+            head.
         hidden_states, attentions, past_key_values: as in transformers.
     """
 
@@ -35,6 +37,7 @@ class VLAOutput(ModelOutput):
     diffusion_loss: torch.Tensor | None = None
     ntp_loss: torch.Tensor | None = None
     reconstruction_loss: torch.Tensor | None = None
+    volume_loss: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     past_key_values: Cache | None = None

@@ -8,7 +8,7 @@ from transformers import ProcessorMixin
 
 from hf_vla.actions.codec import ActionCodec
 from hf_vla.actions.spec import CameraSpec
-from hf_vla.models.batches import VLAFeatures, as_numpy, decode_predictions, per_sample, targets
+from hf_vla.models.batches import VLAFeatures, as_numpy, decode_predictions, one_each, per_sample, targets
 from hf_vla.models.images import pil_backend, to_rgb
 from hf_vla.models.outputs import VLAOutput
 
@@ -47,15 +47,16 @@ class ContinuousActionProcessor(ProcessorMixin):
         super().__init__(pil_backend(image_processor), tokenizer, chat_template=chat_template)
 
     @abstractmethod
-    def encode_prompts(self, views: list[list[tuple[Image.Image, bool]]], texts: list[str]) -> dict[str, np.ndarray]:
-        """Turn pictures and instructions into the network's inputs.
-
-        Families with `takes_reasoning` are also given `reasonings`, for each sample a text, unchecked, or None.
+    def encode_prompts(
+        self, views: list[list[tuple[Image.Image, bool]]], texts: list[str], reasonings: list[str | None]
+    ) -> dict[str, np.ndarray]:
+        """Turn pictures, instructions and reasonings into the network's inputs.
 
         Args:
             views (`list[list[tuple]]`): for each sample and camera an RGB picture and whether it is there; one that is
                 missing is black.
             texts (`list[str]`): instructions, unchecked.
+            reasonings (`list[str | None]`): unchecked; of families without `takes_reasoning` always None.
 
         Returns:
             `dict[str, np.ndarray]`: inputs by name, padded.
@@ -91,8 +92,9 @@ class ContinuousActionProcessor(ProcessorMixin):
             unnorm_key (`str` or `list[str]`, *optional*): dataset of the samples; chooses statistics and cameras.
             intrinsics, depth: other families'; refused.
             reasoning (`str` or `list[str | None]`, *optional*): what the model is to say, or did, before it acts; one
-                for all or one per sample, None for a sample without any; blanks around it are dropped. Refused by
-                families that say nothing.
+                for all or one per sample; blanks around it are dropped. None in training: the sample teaches no
+                reasoning. None in prediction: the model reasons by itself, so give all samples theirs, or none.
+                Refused by families that say nothing.
             return_tensors (`str`): `"pt"` or `"np"`.
 
         Returns:
@@ -103,17 +105,13 @@ class ContinuousActionProcessor(ProcessorMixin):
         Raises:
             ValueError: something is missing, not declared or not usable, no camera has a picture, or counts differ.
         """
-        refused = {"intrinsics": intrinsics, "depth": depth, "reasoning": None if self.takes_reasoning else reasoning}
-        for name, value in refused.items():
-            if value is not None:
-                raise ValueError(f"This model takes no {name}; leave `{name}` out.")
+        _refuse(intrinsics=intrinsics, depth=depth, reasoning=None if self.takes_reasoning else reasoning)
         images, texts, keys = per_sample(images, text, unnorm_key)
         routing = self.routing(keys)
         views = [_views(sample, self.camera_specs(key)) for sample, key in zip(images, keys, strict=True)]
         if blind := [index for index, sample in enumerate(views) if not any(there for _, there in sample)]:
             raise ValueError(f"Expected a picture of at least one camera, got none for the samples {blind}.")
-        reasonings = {"reasonings": _reasonings(reasoning, len(texts))} if self.takes_reasoning else {}
-        data = self.encode_prompts(views, texts, **reasonings)
+        data = self.encode_prompts(views, texts, _reasonings(reasoning, len(texts)))
         if self.action_codec.takes_state:
             data["state"] = self._states(state, keys)
         elif state is not None:
@@ -213,9 +211,14 @@ def dataset_cameras(
     return cameras.get(DEFAULT_CAMERAS, ())
 
 
+def _refuse(**others) -> None:
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"This model takes no {name}; leave `{name}` out.")
+
+
 def _reasonings(reasoning, batch_size: int) -> list[str | None]:
-    one_for_all = reasoning is None or isinstance(reasoning, str)
-    reasonings = [reasoning] * batch_size if one_for_all else list(reasoning)
+    reasonings = one_each(reasoning, batch_size, "reasoning")
     if len(reasonings) != batch_size:
         raise ValueError(f"Got {len(reasonings)} reasonings for {batch_size} samples: give one per sample.")
     return reasonings

@@ -41,7 +41,7 @@ PROMPTS = {
 # by which image processors cut up an image, or add crops of it
 TILINGS = ("do_image_splitting", "crop_to_patches", "do_pan_and_scan")
 TILE_COUNTS = ("num_crops", "num_patches")
-PROMPT_KEYS = ("template", "image_prefix", "image_token", "image_suffix", "image_seq_length")
+PROMPT_KEYS = ("template", "image_prefix", "image_token", "image_suffix", "image_seq_length", "image_size")
 
 
 class PromptProcessor(ContinuousActionProcessor):
@@ -57,7 +57,8 @@ class PromptProcessor(ContinuousActionProcessor):
             cameras' images enter the prompt; the key `"default"` serves every dataset that has no cameras of its own.
         prompt_config (`dict`): `"template"`, a text with `{images}` and `{instruction}`; `"image_token"`, which stands
             `"image_seq_length"` times for an image (None: as often as its `image_grid_thw` says); `"image_prefix"` and
-            `"image_suffix"` around these, `""` by default.
+            `"image_suffix"` around these, `""` by default; `"image_size"`, the width and height in pixels to which
+            every picture is resized before the image processor sees it (None, the default: it stays as it is).
         chat_template (`str`, *optional*): unused, kept for `ProcessorMixin`.
     """
 
@@ -107,6 +108,8 @@ class PromptProcessor(ContinuousActionProcessor):
             ValueError: the config's ids are not the tokenizer's, its sizes not those of the actions and states, or it
                 does not tell the prompt or the number of image tokens.
         """
+        if not isinstance(prompt_config, (dict, type(None))):
+            raise ValueError(f"Expected prompt_config to be a dictionary, got {prompt_config!r}.")
         prompt = cls.own_prompt | getattr(processor, "prompt_config", _known_prompt(config))
         prompt = {key: prompt[key] for key in (*PROMPT_KEYS, *cls.own_prompt) if key in prompt} | (prompt_config or {})
         if "template" not in prompt:
@@ -123,6 +126,7 @@ class PromptProcessor(ContinuousActionProcessor):
         prompt["image_token"] = _image_token(tokenizer, config, prompt.get("image_token"))
         if "image_seq_length" not in prompt:
             prompt["image_seq_length"] = num_image_tokens(config.backbone_config)
+        _check_prompt(prompt, (*PROMPT_KEYS, *cls.own_prompt))
         cls.complete_prompt(prompt, tokenizer, config)
         made = cls(image_processor, tokenizer, statistics, action_config, camera_config, prompt, **others)
         made.check_sizes(config)
@@ -172,7 +176,7 @@ class PromptProcessor(ContinuousActionProcessor):
     def fill_prompts(
         self, views: list[list[tuple[Image.Image, bool]]], texts: list[str]
     ) -> tuple[dict[str, np.ndarray], list[list[int]], list[list[int]]]:
-        """Fill the template; whatever the image processor returns is handed on.
+        """Resize the pictures and fill the template; whatever the image processor returns is handed on.
 
         Nothing attends to the image tokens of a missing camera.
 
@@ -187,7 +191,7 @@ class PromptProcessor(ContinuousActionProcessor):
         Raises:
             ValueError: an instruction is no text or holds control tokens, or an image's tokens cannot be counted.
         """
-        pictures = [[image for image, _ in sample] for sample in views]
+        pictures = [[self._resized(image) for image, _ in sample] for sample in views]
         data = dict(self.image_processor(pictures, return_tensors="np"))
         data = {name: value for name, value in data.items() if name not in TILE_COUNTS}
         lengths = iter(self._image_lengths(sum(map(len, views)), data.get("image_grid_thw")))
@@ -206,6 +210,10 @@ class PromptProcessor(ContinuousActionProcessor):
             rows.append(ids.tolist())
             masks.append(mask.tolist())
         return data, rows, masks
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        size = self.prompt_config.get("image_size")
+        return image if size is None else image.resize(tuple(size), Image.Resampling.BICUBIC)
 
     def _image_lengths(self, num_images, image_grid_thw) -> list[int]:
         length = self.prompt_config["image_seq_length"]
@@ -254,9 +262,23 @@ def _check_prompt(prompt: Any, known: tuple[str, ...]) -> None:
         raise ValueError(f"Expected a prompt_config with {list(known)}, got {prompt!r}.")
     if unknown := sorted(prompt.keys() - set(known)):
         raise ValueError(f"Unknown keys {unknown} in prompt_config; known are {list(known)}.")
+    for name, value in prompt.items():
+        if name not in ("image_seq_length", "image_size") and not isinstance(value, str):
+            raise ValueError(f"Expected a text in prompt_config[{name!r}], got {value!r}.")
+    length, size = prompt["image_seq_length"], prompt.get("image_size")
+    if length is not None and not _are_counts([length]):
+        raise ValueError(
+            f"Expected a number of tokens, or None, in prompt_config['image_seq_length'], got {length!r}."
+        )
+    if size is not None and not (isinstance(size, (list, tuple)) and len(size) == 2 and _are_counts(size)):
+        raise ValueError(f"Expected [width, height] in pixels, or None, in prompt_config['image_size'], got {size!r}.")
     for field in ("{images}", "{instruction}"):
         if prompt["template"].count(field) != 1:
             raise ValueError(f"Expected {field} once in prompt_config['template'], got {prompt['template']!r}.")
+
+
+def _are_counts(values) -> bool:
+    return all(type(value) is int and value > 0 for value in values)
 
 
 def _texts(prompt: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """What the published code of TinyVLA and DiVLA has in common: the UNet head, `dataset_stats.pkl`, tokenizers.
 
-See also `hf_vla.models.conversion`, on which their converters stand.
+What does not depend on them is in `hf_vla.models.conversion`.
 """
 
 from collections.abc import Sequence
@@ -80,11 +80,17 @@ def source_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast |
     """The source's tokenizer, or None.
 
     Raises:
-        ValueError: it has more tokens than the embedding.
+        ValueError: it cannot be read, or has more tokens than the embedding.
     """
     if not (folder / "tokenizer.json").is_file():
         return None
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # KeyError, TypeError, and of the library in Rust nothing more special than Exception
+        raise ValueError(
+            f"Expected a tokenizer in {folder / 'tokenizer.json'} and the files beside it, came something else "
+            f"({type(error).__name__}: {error}): copy that of the source's base model."
+        ) from error
     if len(tokenizer) > vocab_size:
         raise ValueError(f"The source's tokenizer has {len(tokenizer)} tokens, its config.json only {vocab_size}.")
     return tokenizer
@@ -94,11 +100,13 @@ def add_processor(
     conversion: Conversion,
     processor_class: Any,
     parts: Any,
+    *,
     statistics: dict[str, list[float]] | None,
     cameras: Sequence[str],
     unnorm_key: str,
     specs: dict[str, Any] | None,
     camera_size: tuple[int, int],
+    prompt_config: dict[str, Any] | None = None,
 ) -> None:
     """Build a model's processor, with the published normalisation, and say what it lacks.
 
@@ -111,6 +119,7 @@ def add_processor(
         unnorm_key (`str`): what to call the dataset.
         specs (`dict`, *optional*): of its actions and states, where they are known.
         camera_size (`tuple[int, int]`): width and height of the published training images.
+        prompt_config (`dict`, *optional*): entries that replace those known for the backbone.
 
     Raises:
         ValueError: the statistics do not fit the model.
@@ -129,6 +138,7 @@ def add_processor(
         None if statistics is None else {unnorm_key: published_statistics(statistics)},
         action_config,
         {DEFAULT_CAMERAS: [CameraSpec(name, *camera_size).to_dict() for name in cameras]} if cameras else None,
+        prompt_config,
     )
     conversion.notes += [note for note, told in ((NO_STATISTICS, statistics), (NO_CAMERAS, cameras)) if not told]
 

@@ -231,6 +231,14 @@ def test_the_prompt_of_paligemma_sees_itself_whole(system, make_inputs):
     assert not same.any() if system.name == "paligemma" else same.all()
 
 
+def test_pictures_must_be_handed_on(system, make_inputs):
+    model, inputs = system.model.double(), make_inputs(learn=True)
+    for method in (model, model.encode, model.reason, model.predict_action):
+        given = inputs if method == model else prompt_of(inputs)
+        with pytest.raises(ValueError, match="Expected pixel_values, since the prompts have image tokens, got none"):
+            method(**{**given, "pixel_values": None})
+
+
 @pytest.mark.parametrize("cap", [None, 0.5])
 def test_capped_logits(make_model, make_processor, backbones, pictures, chunks, cap):
     """Of PaliGemma 2: the reasoning loss knows them."""

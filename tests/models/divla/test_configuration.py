@@ -7,6 +7,7 @@ from hf_vla.actions.heads.registry import build_action_head
 from hf_vla.models.backbones import num_image_tokens
 from hf_vla.models.divla.configuration_divla import DiVLAConfig
 from hf_vla.models.divla.modeling_divla import DiVLAForActionPrediction
+from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
 from hf_vla.training.lora import add_lora
 
 # parameters of Qwen2-VL with its language head
@@ -59,7 +60,7 @@ def test_defaults_are_the_published_sizes():
     assert config.to_dict() == DiVLAConfig.from_preset("2b").to_dict()
     assert (config.action_dim, config.state_dim, config.chunk_size) == (14, 14, 16)
     assert config.head_config == {"type": "diffusion"} and config.architectures == ["DiVLAForActionPrediction"]
-    assert config.use_film and config.film_end_token and config.ntp_loss_weight == 1.0
+    assert config.use_film and config.film_includes_end and config.ntp_loss_weight == 1.0
     assert config.max_reasoning_tokens == 256 and config.latent_dim is None and config.embodiments is None
     backbone, text = config.backbone_config, config.get_text_config()
     assert num_image_tokens(backbone) is None
@@ -79,7 +80,7 @@ def test_tiny_is_tiny():
 @pytest.mark.parametrize("preset", ["2b", "7b", "72b", "tiny"])
 def test_round_trip(preset, tmp_path):
     options = {"latent_dim": 8, "embodiments": {"arm": {"action_dim": 7, "state_dim": None}}, "state_dim": None}
-    config = DiVLAConfig.from_preset(preset, ntp_loss_weight=0.5, film_end_token=False, **options)
+    config = DiVLAConfig.from_preset(preset, ntp_loss_weight=0.5, film_includes_end=False, **options)
     config.save_pretrained(tmp_path)
     assert DiVLAConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
     again = AutoConfig.from_pretrained(tmp_path)
@@ -118,11 +119,18 @@ def test_latents_have_a_decoder_for_a_robot_of_the_configuration_s_sizes(embodim
         ({"latent_dim": 0}, "Expected latent_dim of 1 or more, got 0"),
         ({"max_reasoning_tokens": -1}, "Expected max_reasoning_tokens of 0 or more, got -1"),
         ({"ntp_loss_weight": -0.1}, "Expected ntp_loss_weight of 0 or more, got -0.1"),
+        ({"ntp_loss_weight": float("nan")}, "Expected ntp_loss_weight of 0 or more, got nan"),
+        ({"ntp_loss_weight": float("inf")}, "Expected ntp_loss_weight of 0 or more, got inf"),
         ({"end_token_id": 320}, "end_token_id 320 does not fit a vocabulary of 320: .* 321 or more"),
         ({"end_token_id": -1}, "end_token_id -1 does not fit a vocabulary of 320"),
         ({"embodiments": {"arm": {"action_dim": 7}}}, "Embodiments have decoders of latents: set latent_dim"),
         ({"latent_dim": 8, "embodiments": {"a.b": {"action_dim": 7}}}, "name to be a word without points, got 'a.b'"),
         ({"latent_dim": 8, "embodiments": {"": {"action_dim": 7}}}, "name to be a word without points, got ''"),
+        ({"latent_dim": 8, "embodiments": {3: {"action_dim": 7}}}, "name to be a word without points, got 3"),
+        (
+            {"latent_dim": 8, "embodiments": {"aloha": 14}},
+            r"Expected the embodiment 'aloha' as \{'action_dim': .* got 14",
+        ),
         ({"latent_dim": 8, "embodiments": {"arm": {"action_dims": 7}}}, "'arm' takes no 'action_dims'; did you mean"),
         ({"latent_dim": 8, "embodiments": {"arm": {}}}, "Expected an action_dim of 1 or more of the embodiment 'arm'"),
         ({"latent_dim": 8, "embodiments": {"arm": {"action_dim": 7, "state_dim": 0}}}, "a state_dim of 1 or more or"),
@@ -132,6 +140,36 @@ def test_latents_have_a_decoder_for_a_robot_of_the_configuration_s_sizes(embodim
 def test_inconsistent_sizes(overrides, message):
     with pytest.raises(StrictDataclassClassValidationError, match=message):
         DiVLAConfig.from_preset("tiny", **overrides)
+
+
+@pytest.mark.parametrize("name", ["keys", "items", "type", "train", "training"])
+def test_names_that_pytorch_has_itself(name):
+    with pytest.raises(StrictDataclassClassValidationError, match=f"have '{name}' of their own: give .* another name"):
+        DiVLAConfig.from_preset("tiny", latent_dim=8, embodiments={name: {"action_dim": 7}})
+
+
+@pytest.mark.parametrize("name", [3, "keys"])
+def test_an_added_robot_needs_a_name_too(name):
+    with torch.device("meta"):
+        model = DiVLAForActionPrediction(DiVLAConfig.from_preset("tiny", latent_dim=8))
+    with pytest.raises(ValueError, match="name"):
+        model.add_embodiment(name, 3)
+    assert list(model.embodiments) == list(model.config.embodiments) == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("backbone_config", "message"),
+    [
+        ({}, r"Expected backbone_config\['model_type'\] of transformers, got None, such as 'qwen2_vl'"),
+        ({"text_config": {}}, "got None, such as"),
+        ({"model_type": "nope!"}, "got 'nope!', such as"),
+        ({"model_type": "qwen2vl"}, "got 'qwen2vl'; did you mean 'qwen2_vl'"),
+    ],
+)
+@pytest.mark.parametrize("config_class", [DiVLAConfig, TinyVLAConfig])
+def test_backbones_are_named(config_class, backbone_config, message):
+    with pytest.raises(ValueError, match=message):
+        config_class(backbone_config=backbone_config)
 
 
 @pytest.mark.parametrize("index", [-1, 320])

@@ -88,7 +88,7 @@ def test_sizes_come_from_config_and_weights(goldens, case, action_dim, state_dim
     config = translate(goldens / "divla" / case / "checkpoint").model.config
     assert (config.action_dim, config.state_dim, config.chunk_size) == (action_dim, state_dim, 16)
     assert (config.ntp_loss_weight, config.end_token_id, config.max_reasoning_tokens) == (weight, 5, 128)
-    assert config.use_film and config.film_end_token
+    assert config.use_film and config.film_includes_end
     denoiser = {"type": "conditional_unet1d", "kernel_size": 5, "n_groups": 8, "timestep_embedding_dtype": "bfloat16"}
     denoiser |= {"down_dims": [16, 32, 48], "diffusion_step_embed_dim": 32}
     assert config.head_config == {"type": "diffusion", "num_inference_steps": 10, "denoiser": denoiser}
@@ -145,7 +145,13 @@ def test_options_that_no_weight_tells_are_carried_over(source):
         ({"rope_scaling": None}, r"Expected \['rope_scaling'\] in config.json"),
         ({"rope_scaling": {"mrope_section": None}}, r"Expected \['mrope_section'\] in rope_scaling"),
         ({"rope_scaling": {"type": "yarn"}}, "Expected type 'default' or 'mrope' in rope_scaling, came 'yarn'"),
+        ({"rope_scaling": "mrope"}, "Expected rope_scaling in config.json to hold fields of its own, came 'mrope'"),
+        ({"vision_config": [2]}, r"Expected vision_config in config.json to hold fields of its own, came \[2\]"),
+        ({"policy_head_config": "{}"}, "Expected policy_head_config in config.json to hold fields .*, came '{}'"),
         ({"eos_token_id": None}, r"Expected \['eos_token_id'\] in config.json"),
+        ({"eos_token_id": [1, 2]}, r"the id of one token as eos_token_id .*, came \[1, 2\]: .* source's tokenizer"),
+        ({"llm_loss_weight": "much"}, "usual types and values in config.json, came another.*'ntp_loss_weight'"),
+        ({"hidden_act": 3}, "usual types and values in config.json, came another.*'hidden_act'"),
         ({"policy_head_config": {"prediction_horizon": None}}, r"\['prediction_horizon'\] in policy_head_config"),
         ({"policy_head_config": {"input_dim": 9}}, "policy_head_config says input_dim 9, the weights say 14"),
         ({"action_dim": 10}, "config.json says action_dim 10, the weights say 14"),
@@ -158,6 +164,19 @@ def test_what_this_converter_does_not_know_is_refused(source, changes, message):
     folder = source(config=changes)
     with pytest.raises(ValueError, match=message):
         translate(folder)
+
+
+@pytest.mark.parametrize("name", ["policy_head_config", "rope_scaling"])
+def test_a_field_that_is_null_holds_no_fields(source, name):
+    folder = source()
+    config = json.loads((folder / "config.json").read_text()) | {name: None}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"Expected {name} in config.json to hold fields of its own, came None"):
+        translate(folder)
+
+
+def test_a_whole_number_weighs_the_reasoning(source):
+    assert translate(source(config={"llm_loss_weight": 1})).model.config.ntp_loss_weight == 1.0
 
 
 def test_missing_left_over_and_other_weights_are_listed(source):
@@ -318,7 +337,7 @@ def test_model_and_processor_reason_and_act_in_robot_units(converted):
     inputs = processor(**observed, reasoning="word5")
     torch.testing.assert_close(inputs["state"], torch.ones(1, 14))  # a std of at least 0.01
     text = processor.tokenizer.decode(inputs["input_ids"][0])
-    images = "<|vision_start|>" + " <|image_pad|>" * 6 + " <|vision_end|>"
+    images = "<|vision_start|>" + " <|image_pad|>" * 99 + " <|vision_end|>"
     assert "".join(text.split()).count("".join(images.split())) == 2
     assert text.endswith("word5 Next action: <|im_end|>")
     assert (inputs["labels"][0] != -100).sum() == 4
@@ -333,8 +352,9 @@ def test_model_and_processor_reason_and_act_in_robot_units(converted):
         np.testing.assert_allclose(decoded[0, 0], expected, atol=1e-6)
 
 
-def test_the_tokenizers_end_ends_a_reasoning(converted):
-    conversion, _ = converted(config={"eos_token_id": 3})
+@pytest.mark.parametrize("published", [3, [3, 4], None])
+def test_the_tokenizers_end_ends_a_reasoning(converted, published):
+    conversion, _ = converted(config={"eos_token_id": published})
     assert conversion.model.config.end_token_id == conversion.processor.end_token_id == 5
 
 
@@ -344,20 +364,33 @@ def test_the_tokenizers_end_ends_a_reasoning(converted):
         {"min_pixels": 3136, "max_pixels": 12845056},
         {"size": {"shortest_edge": 3136, "longest_edge": 12845056}},
         {"min_pixels": 3136, "max_pixels": 12845056, "size": {"shortest_edge": 3136, "longest_edge": 12845056}},
+        {"size": {"min_pixels": 3136, "max_pixels": 12845056}},
+        None,
     ],
 )
-def test_pictures_are_as_large_as_the_published_ones_at_most(converted, limits):
-    """Trained on 320 x 240, the published code evaluates on whatever the camera gives."""
+def test_every_picture_has_the_size_of_the_published_training(converted, limits):
+    """Trained on 320 x 240 whatever the camera gave, the published code evaluates on that as it is."""
     colours = {"image_mean": [0.1] * 3, "image_std": [2.0] * 3}
-    conversion, path = converted(images=limits | colours, cameras=())
+    _, path = converted(images=None if limits is None else limits | colours)
     processor = AutoProcessor.from_pretrained(path)
-    grid = processor(images=np.zeros((240, 320, 3), np.uint8), text="", state=np.zeros(14))["image_grid_thw"]
-    assert grid.tolist() == [[1, 252 // 14, 308 // 14]]
-    large = processor(images=np.full((960, 1280, 3), 255, np.uint8), text="", state=np.zeros(14))
-    assert large["image_grid_thw"].prod() <= grid.prod()
-    assert large["pixel_values"][0, 0].item() == pytest.approx(0.9 / 2.0)
+    assert processor.prompt_config["image_size"] == [320, 240]
+    right = np.zeros((240, 320, 3), np.uint8)
+    for height, width in ((240, 320), (480, 640), (720, 1280), (100, 50), (0, 0)):
+        left = np.full((height, width, 3), 255, np.uint8) if height else None  # missing
+        batch = processor(images={"left": left, "right": right}, text="", state=np.zeros(14))
+        assert batch["image_grid_thw"].tolist() == [[1, 252 // 14, 308 // 14]] * 2
+        assert (batch["input_ids"] == processor.image_token_id).sum() == 2 * 99
+    if limits is not None:
+        white = processor(images={"left": 255 - right, "right": right}, text="", state=np.zeros(14))["pixel_values"]
+        assert white[0, 0].item() == pytest.approx(0.9 / 2.0)
+
+
+def test_a_single_camera_needs_no_name(converted):
+    conversion, path = converted(cameras=())
     (note,) = conversion.notes
     assert "The processor takes one image" in note
+    batch = AutoProcessor.from_pretrained(path)(images=np.zeros((9, 9, 3), np.uint8), text="", state=np.zeros(14))
+    assert batch["image_grid_thw"].tolist() == [[1, 18, 22]]
 
 
 def test_published_actions_and_states_are_declared(converted):
@@ -382,6 +415,14 @@ def test_without_a_tokenizer_or_statistics_the_converter_says_so(source):
     word_tokenizer().save_pretrained(folder)
     notes = translate(folder).notes
     assert "The processor has no statistics" in notes[0] and "The processor takes one image" in notes[1]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "no JSON", '{"added_tokens": []}', '{"version": "1.0", "model": {}}'])
+def test_a_tokenizer_that_cannot_be_read_is_refused(source, content):
+    folder = source(tokenizer=True)
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match="Expected a tokenizer in .*tokenizer.json and the files beside it, came"):
+        translate(folder)
 
 
 def test_statistics_of_another_robot_are_refused(source):

@@ -235,6 +235,8 @@ def test_every_sample_may_have_its_own_reasoning_or_none(processor, make_batch, 
         (["lift"], "Got 1 reasonings for 2 samples: give one per sample"),
         (["lift"] * 3, "Got 3 reasonings for 2 samples"),
         (["lift", 3.0], "Expected a reasoning in words, got 3.0"),
+        (3, "Expected `reasoning` to be a text, or a list with one per sample, got 3"),
+        ({"front": "lift"}, "Expected `reasoning` to be a text, or a list"),
         ("lift<eos>", r"Expected a reasoning in words, got the control tokens \['<eos>'\] in it: 'lift<eos>'"),
         ("lift <|image_pad|>", r"control tokens \['<\|image_pad\|>'\] in it"),
         ("<|im_start|>", r"control tokens \['<\|im_start\|>'\] in it"),
@@ -306,6 +308,7 @@ def test_another_answer(make_processor, make_batch, processor):
     [
         ("Next action:<eos>", r"Expected \{reasoning\} once in prompt_config\['answer'\], got 'Next action:<eos>'"),
         ("{reasoning}{reasoning}<eos>", r"Expected \{reasoning\} once"),
+        (None, r"Expected a text in prompt_config\['answer'\], got None"),
         ("{reasoning}", "Expected prompt_config.'answer'. to end with its only end token, got '{reasoning}'"),
         ("{reasoning}<eos>.", "to end with its only end token"),
         ("{reasoning}<eos>\n<eos>", "to end with its only end token"),
@@ -327,6 +330,8 @@ def test_bad_prompts(processor):
         rebuilt(processor, prompt_config=processor.prompt_config | {"readout": ""})
     with pytest.raises(ValueError, match=r"Expected a prompt_config with \['template'"):
         rebuilt(processor, prompt_config=None)
+    with pytest.raises(ValueError, match="Expected prompt_config to be a dictionary, got 'template'"):
+        DiVLAProcessor.from_backbone(processor, None, *[None] * 3, prompt_config="template")
 
 
 @pytest.mark.parametrize(
@@ -363,6 +368,57 @@ def test_families_exchange_prompts(make_processor, make_batch, backbones, robot,
     assert (
         "answer" not in again.prompt_config and make_processor(backbone, vlm=ours).prompt_config == fresh.prompt_config
     )
+
+
+@pytest.mark.parametrize("size", [[320, 240], (320, 240)])
+def test_every_picture_becomes_one_size(published, tmp_path, size):
+    """Resized whatever its shape, so that each takes as many tokens as the model was trained on."""
+    cameras = {"robot": [FRONT[0], {"name": "wrist", "width": 1280, "height": 720}]}
+    changes = {"camera_config": cameras, "prompt_config": published.prompt_config | {"image_size": size}}
+    rebuilt(published, **changes).save_pretrained(tmp_path)
+    processor, random = AutoProcessor.from_pretrained(tmp_path), np.random.default_rng(0)
+    for height, width in ((240, 320), (480, 640), (720, 1280)):
+        picture = Image.fromarray(random.integers(0, 255, (height, width, 3), np.uint8))
+        given = {"text": "push", "state": [0.0, 0.0]}
+        batch = processor(images={"front": picture, "wrist": None}, **given)
+        assert batch["image_grid_thw"].tolist() == [[1, 18, 22]] * 2
+        assert (batch["input_ids"] == processor.image_token_id).sum() == 2 * 99
+        resized = picture.resize((320, 240), Image.Resampling.BICUBIC)
+        expected = rebuilt(published, camera_config={"robot": FRONT})(images=resized, **given)["pixel_values"]
+        assert torch.equal(batch["pixel_values"][: 18 * 22], expected)
+
+
+def test_fine_tuning_keeps_the_size_of_pictures(make_processor, processor):
+    sized = make_processor(prompt_config={"image_size": [96, 64]})
+    assert make_processor(vlm=sized).prompt_config == processor.prompt_config | {"image_size": [96, 64]}
+
+
+@pytest.mark.parametrize(
+    "size", [320, "320x240", [320], [320, 240, 3], [320.0, 240], [0, 240], [True, 240], {"width": 3, "height": 2}]
+)
+def test_bad_sizes_of_pictures(processor, size):
+    with pytest.raises(ValueError, match=r"Expected \[width, height\] in pixels, or None, in prompt_config\['image_s"):
+        rebuilt(processor, prompt_config=processor.prompt_config | {"image_size": size})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"template": None}, r"Expected a text in prompt_config\['template'\], got None"),
+        ({"image_token": None}, r"Expected a text in prompt_config\['image_token'\], got None"),
+        ({"image_token": ""}, "The tokenizer has no token ''"),
+        ({"image_prefix": 3}, r"Expected a text in prompt_config\['image_prefix'\], got 3"),
+        ({"answer": ["{reasoning}"]}, r"Expected a text in prompt_config\['answer'\], got"),
+        ({"image_seq_length": "3"}, r"Expected a number of tokens, or None, in .*'image_seq_length'\], got '3'"),
+        ({"image_seq_length": 0}, "Expected a number of tokens, or None, .* got 0"),
+    ],
+)
+def test_entries_of_a_prompt_are_texts_and_numbers(processor, make_processor, changes, message):
+    with pytest.raises(ValueError, match=message):
+        rebuilt(processor, prompt_config=processor.prompt_config | changes)
+    if "image_token" not in changes:  # which from_backbone takes from the tokenizer
+        with pytest.raises(ValueError, match=message):
+            make_processor(prompt_config=changes)
 
 
 def test_the_end_of_the_answer_is_the_configurations(make_processor, qwen, qwen_options):
@@ -463,6 +519,8 @@ def test_a_single_robot_needs_no_name(make_config, backbones, datasets, pictures
     [
         ({"arm_left": "arm"}, {}, r"name the robot of each of \['arm_left', 'arm_right', 'hand'\], got \{'arm_left'"),
         (EMBODIMENTS | {"leg": "arm"}, {}, "to name the robot of each of"),
+        (["arm", "hand"], {}, r"to be a dictionary \{unnorm_key: name\}, got \['arm', 'hand'\]"),
+        (EMBODIMENTS | {"hand": ["hand"]}, {}, r"to be a dictionary \{unnorm_key: name\}, got"),
         (EMBODIMENTS | {"hand": "foot"}, {}, r"robot of 'hand' among .* the model knows, \['arm', 'hand'\], got"),
         (None, {}, r"the robot of 'arm_left' among .*\['arm', 'hand'\], got None"),
         (EMBODIMENTS | {"hand": "arm"}, {}, "an action_dim of 'hand' of 3, as the config says, got 2"),

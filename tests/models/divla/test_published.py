@@ -42,7 +42,7 @@ def published(request, goldens, tmp_path_factory):
     models = {}
     for dtype in EMBEDDINGS:
         config = AutoConfig.from_pretrained(path)
-        assert config.head_config["denoiser"]["timestep_embedding_dtype"] == "bfloat16" and config.film_end_token
+        assert config.head_config["denoiser"]["timestep_embedding_dtype"] == "bfloat16" and config.film_includes_end
         config.head_config["denoiser"]["timestep_embedding_dtype"] = dtype
         config.max_reasoning_tokens = MAX_NEW_TOKENS
         models[dtype] = AutoModel.from_pretrained(path, config=config)
@@ -195,7 +195,7 @@ def test_the_two_precisions_of_the_time_differ(published):
 def test_reasoning_and_actions_of_the_published_evaluation(published, dtype, monkeypatch):
     """Each sample of a batch, padded on the left, and each alone, as the published code runs them."""
     model, expected, raw = published.models[dtype], published.outputs[dtype], published.raw
-    monkeypatch.setattr(model.config, "film_end_token", False)
+    monkeypatch.setattr(model.config, "film_includes_end", False)
     together = model.predict_action(**prompts(published), **acting(published))
     encoding, ids = model.reason(**prompts(published))
     assert torch.equal(ids, together.reasoning_ids)
@@ -233,7 +233,12 @@ def test_generated_reasoning_acts_as_in_training_and_not_as_published(published)
 
 
 def test_normalisation(goldens):
-    """With the statistics as published; what DiVLA recorded is, bit for bit, what TinyVLA did."""
+    """With the statistics as published.
+
+    DiVLA's recording of these arrays is, bit for bit, TinyVLA's. It has a second mode, whose targets are differences
+    of consecutive actions, normalised with the statistics of the actions themselves. Ours has no such mode:
+    differences that are learnt need statistics of their own.
+    """
     arrays = load_file(goldens / "tinyvla_pipeline" / "dataset.safetensors")
     arrays = {name: array.numpy() for name, array in arrays.items()}
     info = json.loads((goldens / "tinyvla_pipeline" / "dataset.json").read_text())

@@ -62,11 +62,11 @@ def taught(make_model, prompt):
 
 
 @pytest.mark.parametrize("use_film", [True, False])
-@pytest.mark.parametrize("film_end_token", [True, False])
+@pytest.mark.parametrize("film_includes_end", [True, False])
 @pytest.mark.parametrize("name", CASES)
-def test_every_end_gives_actions(name, film_end_token, use_film, taught, prompt):
+def test_every_end_gives_actions(name, film_includes_end, use_film, taught, prompt):
     reasonings, wanted = CASES[name]
-    model = taught(reasonings, film_end_token=film_end_token, use_film=use_film)
+    model = taught(reasonings, film_includes_end=film_includes_end, use_film=use_film)
     output = model.predict_action(**prompt)
     assert output.reasoning_ids.tolist() == wanted
     assert output.actions.isfinite().all() and output.actions.dtype == torch.float32
@@ -102,7 +102,7 @@ def test_the_published_evaluation_leaves_the_end_out(taught, prompt):
     shorter[0, -3] = shorter[1, -1] = False  # [end, -, -] and [70, 71, end]
     wanted = model.film(encoding.hidden_states, prompt_mask, shorter)
     whole = model.predict_action(**prompt).actions
-    model.config.film_end_token = False
+    model.config.film_includes_end = False
     actions = model.predict_action(**prompt).actions
     features = wanted[:, None], torch.ones(2, 1, dtype=torch.bool)
     torch.testing.assert_close(actions, model.action_head.sample(*features, prompt["state"]), rtol=0, atol=1e-6)
@@ -129,8 +129,6 @@ def test_without_a_reasoning_the_prompt_alone_acts(make_model, make_batch, promp
     neutral = [model.film.prompt_proj(*encoding[:2]), masked_mean(*encoding[:2])]
     torch.testing.assert_close(features[:, 0], sum(neutral), rtol=0, atol=1e-9)
     torch.testing.assert_close(model.action_head.sample(features, mask, prompt["state"]), actions, rtol=0, atol=1e-9)
-    silent = torch.full_like(prompt["input_ids"], -100)
-    assert torch.equal(model.predict_action(**prompt, labels=silent).actions, actions)
     none = prompt["input_ids"][:, :0]
     assert torch.equal(model.predict_action(**prompt, reasoning_ids=none).actions, actions)
     assert (model.predict_action(**prompt).actions - actions).abs().max() > 1e-4
@@ -152,30 +150,109 @@ def test_a_given_reasoning_is_acted_on(make_model, make_batch, processor, prompt
     assert processor.decode_reasoning(acted) == words
 
 
-def test_some_may_be_without(make_model, make_batch, prompt):
-    model = make_model().double()
+@pytest.mark.parametrize("silent", [[1], [0, 1]])
+@pytest.mark.parametrize("masked", [False, True])
+def test_labels_of_some_samples_alone_are_refused(silent, masked, make_model, make_batch):
+    """Alone, a sample without any would not act without a word, but reason."""
+    model, given = make_model(), make_batch(actions=None)
+    if masked:  # all that it says is padding
+        given["attention_mask"][silent] &= given["labels"][silent] == -100
+    else:
+        given["labels"][silent] = -100
+    with pytest.raises(ValueError, match="Expected labels with a reasoning for every sample, got some without"):
+        model.predict_action(**given)
     given = make_batch(actions=None, reasoning=["lift", None])
-    actions = model.predict_action(**{**given, "pixel_values": given["pixel_values"].double()}).actions
-    silent = model.predict_action(**prompt, max_reasoning_tokens=0).actions
-    torch.testing.assert_close(actions[1], silent[1], rtol=0, atol=1e-5)
-    assert (actions[0] - silent[0]).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="or leave labels out and the model reasons itself"):
+        model.predict_action(**given)
 
 
-def test_reasonings_that_cannot_be_acted_on(model, make_batch, prompt):
+def test_labels_of_padding_are_not_read(model, make_batch):
+    batch = make_batch()
+    changed = {**batch, "labels": batch["labels"].masked_fill(batch["attention_mask"] == 0, 70)}
+    assert not torch.equal(changed["labels"], batch["labels"])
+    wanted, got = model(**batch), model(**changed)
+    assert torch.equal(got.ntp_loss, wanted.ntp_loss) and torch.equal(got.diffusion_loss, wanted.diffusion_loss)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda given: given["input_ids"].clone(),
+            r"labels of -100 over the prompts, .* the first token in samples \[0, 1",
+        ),
+        (
+            lambda given: given["labels"][:, :-1],
+            r"labels as a tensor of shape \(2, \d+\) of torch.int64, got shape \(2, \d",
+        ),
+        (
+            lambda given: given["labels"][:1],
+            r"of shape \(2, \d+\) of torch.int64, got shape \(1, \d+\) of torch.int64",
+        ),
+        (lambda given: given["labels"].double(), r"got shape \(2, \d+\) of torch.float64"),
+        (lambda given: given["labels"].tolist(), "labels as a tensor .* got a list"),
+    ],
+)
+def test_labels_that_cannot_be_learnt(model, make_batch, make, message):
+    given = make_batch()
+    given["labels"] = make(given)
+    with pytest.raises(ValueError, match=message):
+        model(**given)
+    del given["actions"], given["action_mask"]
+    with pytest.raises(ValueError, match=message):
+        model.predict_action(**given)
+
+
+def test_one_sample_may_not_be_all_reasoning(model, make_batch):
+    given = make_batch()
+    given["labels"][1] = given["input_ids"][1]
+    with pytest.raises(ValueError, match=r"got one for the first token in samples \[1\]"):
+        model(**given)
+
+
+def test_a_reasoning_is_given_once(model, make_batch, prompt):
     prompt = {name: value.float() if value.is_floating_point() else value for name, value in prompt.items()}
     ids = model.predict_action(**prompt).reasoning_ids
-    given = make_batch(actions=None)
-    with pytest.raises(ValueError, match="Expected one reasoning, as labels or as reasoning_ids, got both"):
-        model.predict_action(**given, reasoning_ids=ids)
-    with pytest.raises(ValueError, match="Got 2 prompts and 1 reasonings: give one for each"):
-        model.predict_action(**prompt, reasoning_ids=ids[:1])
-    with pytest.raises(ValueError, match="Expected every reasoning to end with the token 1: give reasoning_ids as an"):
-        model.predict_action(**prompt, reasoning_ids=ids[:, :-1])
+    labels = make_batch(actions=None)["labels"]
+    given = {"labels": labels, "reasoning_ids": ids, "max_reasoning_tokens": 3}
+    for left_out in given:
+        both = {name: value for name, value in given.items() if name != left_out}
+        with pytest.raises(ValueError, match=f"of the model's own, got {' and '.join(both)}: choose one"):
+            model.predict_action(**prompt, **both)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda ids: ids[:1],
+            r"reasoning_ids as a tensor of shape \(2, any length\) of .*, got shape \(1, \d\) of torch.int64",
+        ),
+        (lambda ids: ids[0], r"got shape \(\d,\) of torch.int64"),
+        (lambda ids: ids.tolist(), "got a list"),
+        (lambda ids: ids.float(), r"got shape \(2, \d\) of torch.float32"),
+        (lambda ids: ids.masked_fill(ids == 1, 300), "reasoning_ids of 0 to 299, without the image token 260, got"),
+        (lambda ids: ids.masked_fill(ids == 1, -100), "reasoning_ids of 0 to 299"),
+        (lambda ids: torch.cat([ids * 0 + 260, ids], 1), "without the image token 260"),
+        (lambda ids: ids[:, :-1], "Expected every reasoning to end with the token 1: give reasoning_ids as an"),
+    ],
+)
+def test_reasonings_that_cannot_be_acted_on(model, prompt, change, message):
+    prompt = {name: value.float() if value.is_floating_point() else value for name, value in prompt.items()}
+    ids = model.predict_action(**prompt).reasoning_ids
+    with pytest.raises(ValueError, match=message):
+        model.predict_action(**prompt, reasoning_ids=change(ids))
+
+
+def test_reasonings_that_would_be_too_long(model, prompt):
+    prompt = {name: value.float() if value.is_floating_point() else value for name, value in prompt.items()}
     with pytest.raises(ValueError, match="Expected max_reasoning_tokens of 0 or more, got -1"):
         model.predict_action(**prompt, max_reasoning_tokens=-1)
     length = prompt["input_ids"].shape[1]
-    with pytest.raises(ValueError, match=f"at most {length - 1} tokens, .* beside {513 - length} to be "):
-        model.predict_action(**prompt, max_reasoning_tokens=513 - length)
+    room = 512 - length
+    message = f"at most {length - 1} tokens, .* beside {room + 1} to be .*: set max_reasoning_tokens to {room} or less"
+    with pytest.raises(ValueError, match=message):
+        model.predict_action(**prompt, max_reasoning_tokens=room + 1)
 
 
 def test_without_a_mask_every_token_is_real(model, prompt):

@@ -124,7 +124,10 @@ def test_every_input_is_an_array_of_numbers(system, pictures, chunks):
         batch = prompts(system, pictures, actions=chunks, return_tensors=form)
         assert all(isinstance(value, kind) for value in batch.values())
     views = [[(Image.fromarray(view), True) for view in views.values()] for views in pictures]
-    assert all(isinstance(each, np.ndarray) for each in system.processor.encode_prompts(views, TEXTS).values())
+    assert all(
+        isinstance(each, np.ndarray)
+        for each in system.processor.encode_prompts(views, TEXTS, [None] * len(TEXTS)).values()
+    )
 
 
 def test_an_image_of_gemma_and_qwen_is_told_from_the_words(system, pictures):
@@ -155,6 +158,32 @@ def test_misspelt_and_foreign_inputs_are_named(system, pictures, chunks):
     with pytest.raises(ValueError, match="encode takes no 'depth', 'kwargs', 'use_cache'"):
         system.model.encode(batch["input_ids"], depth=1, kwargs=1, use_cache=True)
     assert system.model(**batch, inputs_embeds=None, return_dict=None, labels=None).loss.isfinite()  # from peft
+
+
+def test_pictures_alone_are_handed_on(system, pictures, chunks):
+    """What contradicts them, or the prompt's tokens, is refused even where the backbone would take it."""
+    batch = prompts(system, pictures, actions=chunks)
+    foreign = ["inputs_embeds", "position_ids", "token_type_ids", "mm_token_type_ids", "labels", "mm_encoder_outputs"]
+    foreign += [
+        "pixel_values_videos",
+        "video_grid_thw",
+        "second_per_grid_ts",
+        "cache_position",
+        "vision_feature_layer",
+    ]
+    for name in foreign:
+        with pytest.raises(ValueError, match=f"forward takes no '{name}'"):
+            system.model(**batch, **{name: torch.zeros(1)})
+
+
+def test_pictures_must_be_handed_on(system, pictures, chunks):
+    batch = prompts(system, pictures, actions=chunks)
+    with pytest.raises(ValueError, match="Expected pixel_values, since the prompts have image tokens, got none"):
+        system.model(**{**batch, "pixel_values": None})
+    if "image_grid_thw" in batch:
+        for grid, got in ((None, "none"), (batch["image_grid_thw"][1:], r"shape \(3, 3\)")):
+            with pytest.raises(ValueError, match=f"image_grid_thw with a row for each of the 4 pictures .* got {got}"):
+                system.model(**{**batch, "image_grid_thw": grid})
 
 
 def test_cameras_are_told_apart(system, pictures):

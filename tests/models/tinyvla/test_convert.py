@@ -380,6 +380,13 @@ def test_a_tokenizer_that_the_embedding_cannot_serve_is_refused(source):
         translate(source(tokens=97))
 
 
+def test_a_tokenizer_that_cannot_be_read_is_refused(source):
+    folder = source(tokens=60)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="Expected a tokenizer in .*tokenizer.json and the files beside it, came"):
+        translate(folder)
+
+
 def test_a_tokenizer_that_fills_the_vocabulary_makes_it_grow(source):
     conversion = translate(source(tokens=96))
     assert conversion.model.config.image_token_id == 96

@@ -114,11 +114,11 @@ def test_without_a_state(make_model, batch, prompt):
         make_model().predict_action(**prompt)
 
 
-def test_prompts_padded_in_front_need_a_backbone_that_takes_positions(make_model, prompt):
+def test_prompts_padded_in_front_need_a_backbone_that_takes_positions(make_model, prompt, monkeypatch):
     for name in ("input_ids", "attention_mask"):
         prompt[name] = prompt[name].flip(-1)
     model = make_model()
-    model._backbone_inputs -= {"position_ids"}
+    monkeypatch.setattr(model.backbone, "forward", lambda input_ids, attention_mask, pixel_values, use_cache: None)
     with pytest.raises(ValueError, match="Expected prompts padded on the right, got padding at the beginning"):
         model.predict_action(**prompt)
 
@@ -274,6 +274,34 @@ def test_a_missing_weight_is_an_error(make_model, tmp_path):
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="lacks 1 weights of TinyVLAForActionPrediction"):
         AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llava_siglip", "paligemma"])
+def test_built_around_a_pretrained_backbone(name, make_model, make_config, robot, tmp_path):
+    make_model(name).backbone.save_pretrained(tmp_path / "vlm")
+    load = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+    backbone = AutoModel.from_pretrained(tmp_path / "vlm", **load)
+    backbone.resize_token_embeddings(310, mean_resizing=False)
+    shape = backbone.get_input_embeddings().weight.shape  # a layer that transformers has never seen
+    backbone.set_input_embeddings(torch.nn.Embedding(*shape, dtype=torch.bfloat16))
+    before = {key: value.clone() for key, value in (*backbone.state_dict().items(), *backbone.named_buffers())}
+    config = TinyVLAConfig(backbone_config=backbone.config, head_config=DIFFUSION, **robot.sizes, readout_token_id=300)
+    model = TinyVLAForActionPrediction(config, backbone)
+    assert model.backbone is backbone and {value.dtype for value in model.parameters()} == {torch.bfloat16}
+    after = dict((*backbone.state_dict().items(), *backbone.named_buffers()))
+    assert after.keys() == before.keys()
+    assert all(value.dtype == before[key].dtype and torch.equal(value, before[key]) for key, value in after.items())
+    assert torch.float32 in {value.dtype for value in backbone.buffers()}  # frequencies, which bfloat16 would shift
+    for part in (backbone.config, backbone.config.text_config, backbone.config.vision_config):
+        assert part._attn_implementation == "eager"
+    other = AutoModel.from_config(make_config(name, backbone_config=backbone.config.to_dict(), head_config=DIFFUSION))
+    assert model.state_dict().keys() == other.state_dict().keys()
+    model.save_pretrained(tmp_path / "tinyvla")
+    again, weights = AutoModel.from_pretrained(tmp_path / "tinyvla"), model.state_dict()
+    assert again.config.get_text_config().vocab_size == 310
+    assert all(torch.equal(value, weights[key]) for key, value in again.state_dict().items())
+    with pytest.raises(ValueError, match=r"build it as TinyVLAConfig\(backbone_config=backbone.config, ..."):
+        TinyVLAForActionPrediction(make_config(name), backbone)
 
 
 def test_the_tiny_preset_works(pictures, chunks):

@@ -272,6 +272,7 @@ def test_a_checkpoint_without_a_state(processor, inputs):
         ({"reasoning": "the cube is red"}, "This model takes no reasoning"),
         ({"text": "push <image>"}, r"got the control tokens \['<image>'\] in it: 'push <image>'"),
         ({"text": "push<eos>"}, r"control tokens \['<eos>'\] in it"),
+        ({"text": 3}, "Expected `text` to be a text, or a list with one per sample, got 3"),
         ({"text": ["push", None]}, "Expected an instruction in words, got None"),
         ({"images": [], "text": []}, "Got 0 images"),
         ({"unnorm_key": "robo"}, r"No action statistics for 'robo'.*Did you mean 'robot'"),

@@ -2,12 +2,15 @@
 
 import copy
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from torch.nn import ModuleDict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+from hf_vla.models.backbone_configs import check_model_type, implementations
 from hf_vla.models.names import refuse_near_misses, refuse_unknown
 
 # Qwen2-VL's language models: hidden size, layers, attention heads, key-value heads, intermediate size, vocabulary
@@ -85,8 +88,8 @@ class DiVLAConfig(PreTrainedConfig):
         ntp_loss_weight (`float`): of the reasoning's loss, beside the action head's 1.
         max_reasoning_tokens (`int`): longest reasoning with its end token; 0 for models that act without.
         end_token_id (`int`): of the token that ends a reasoning.
-        film_end_token (`bool`): whether the end of a generated reasoning modulates, too, as in training. False: as in
-            the published evaluation, for comparison only.
+        film_includes_end (`bool`): whether the end of a generated reasoning modulates, too, as in training. False: as
+            in the published evaluation, for comparison only.
         latent_dim (`int`, *optional*): the head denoises latents of this size, which a decoder for each embodiment
             turns into actions; None: it denoises actions.
         embodiments (`dict`, *optional*): with `latent_dim`, `{name: {"action_dim": ..., "state_dim": ...}}` (by
@@ -109,7 +112,7 @@ class DiVLAConfig(PreTrainedConfig):
     ntp_loss_weight: float = 1.0
     max_reasoning_tokens: int = 256
     end_token_id: int = 151645
-    film_end_token: bool = True
+    film_includes_end: bool = True
     latent_dim: int | None = None
     embodiments: dict | None = None
 
@@ -132,14 +135,18 @@ class DiVLAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         refuse_near_misses("DiVLAConfig", kwargs, [field.name for field in dataclasses.fields(self)])
-        super().__post_init__(**kwargs)
+        if isinstance(self.backbone_config, dict):
+            check_model_type(self.backbone_config)
+        super().__post_init__(**{**implementations(self.backbone_config), **kwargs})
         self.architectures = self.architectures or ["DiVLAForActionPrediction"]
         self.head_config = {"type": "diffusion"} if self.head_config is None else self.head_config
         if self.latent_dim is not None and not self.embodiments:
             self.embodiments = {"default": {"action_dim": self.action_dim}}
         if self.embodiments:
             default = {"state_dim": self.state_dim}
-            self.embodiments = {name: default | sizes for name, sizes in self.embodiments.items()}
+            self.embodiments = {
+                name: default | sizes if isinstance(sizes, dict) else sizes for name, sizes in self.embodiments.items()
+            }
 
     def validate_architecture(self):
         """Check that sizes are positive, ids in the vocabulary, and embodiments well described.
@@ -151,7 +158,7 @@ class DiVLAConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"Expected {name} of {least} or more, got {value}.")
-        if self.ntp_loss_weight < 0:
+        if not 0 <= self.ntp_loss_weight < math.inf:
             raise ValueError(f"Expected ntp_loss_weight of 0 or more, got {self.ntp_loss_weight}.")
         vocab_size = self.get_text_config().vocab_size
         for name in ("image_token_id", "end_token_id"):
@@ -191,10 +198,17 @@ def check_embodiment(name: str, embodiment: dict[str, Any]) -> None:
     """Check a name, which becomes part of the weights' names, and the sizes that it stands for.
 
     Raises:
-        ValueError: the name has a point or is empty, or the sizes are missing or not positive.
+        ValueError: the name is no word, has a point or means something to PyTorch, or the sizes are missing or not
+            positive.
     """
-    if not name or "." in name:
+    if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"Expected an embodiment's name to be a word without points, got {name!r}.")
+    if hasattr(ModuleDict(), name):
+        raise ValueError(f"PyTorch's modules have {name!r} of their own: give the embodiment another name.")
+    if not isinstance(embodiment, dict):
+        raise ValueError(
+            f"Expected the embodiment {name!r} as {{'action_dim': ..., 'state_dim': ...}}, got {embodiment!r}."
+        )
     refuse_unknown(f"The embodiment {name!r}", embodiment, EMBODIMENT_FIELDS)
     action_dim, state_dim = (embodiment.get(field) for field in EMBODIMENT_FIELDS)
     if any(type(size) is not int or size < 1 for size in (action_dim, 1 if state_dim is None else state_dim)):

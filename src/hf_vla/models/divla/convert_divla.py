@@ -15,12 +15,14 @@ from hf_vla.actions.heads.diffusion import SCHEDULER
 from hf_vla.actions.spec import ActionSpec, StateSpec
 from hf_vla.models.conversion import (
     Conversion,
+    build_config,
     expect,
     fields,
     match_weights,
     one_dtype,
     read_json,
     read_weights,
+    section,
     split_unused,
 )
 from hf_vla.models.divla.configuration_divla import DiVLAConfig
@@ -86,8 +88,8 @@ _JOINTS = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_r
 _NAMES = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in _JOINTS)
 PUBLISHED_SPECS = {"action": ActionSpec(_NAMES, "joint").to_dict(), "state": StateSpec(_NAMES).to_dict()}
 UNNORM_KEY = "divla"
-CAMERA_SIZE = (320, 240)  # pixels of the published training images
-MAX_PIXELS = 308 * 252  # what the image processor makes of those; evaluated on larger ones, the model sees other grids
+CAMERA_SIZE = (320, 240)  # pixels to which the published training resizes every picture, whatever its shape
+PIXEL_LIMITS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 NO_PROCESSOR = (
     "There is no processor: the source has no tokenizer.json. Add Qwen2-VL's (with tokenizer_config.json and "
     "preprocessor_config.json) and convert again."
@@ -104,8 +106,8 @@ def translate(
 
     Sizes come from config.json, from the defaults of the code that wrote it, and (the head's) from the weights. The
     time embedding is computed in bfloat16, as the published code does. What the published evaluation does otherwise
-    than its training is not kept: the end of a generated reasoning counts (`film_end_token=False` compares), and
-    losses mask padded actions.
+    than its training is not kept: pictures are resized as in training, and the end of a generated reasoning counts
+    (`film_includes_end=False` compares). Losses mask padded actions.
 
     Args:
         folder (`Path`): with config.json and safetensors; with tokenizer.json, there will be a processor.
@@ -123,56 +125,85 @@ def translate(
     published = read_json(folder / "config.json")
     expect(published, "model_type", "qwen2_vla")
     backbone_config = _backbone_config(published)
-    head = fields(published, ["policy_head_type", "policy_head_config"])
+    fields(published, ["policy_head_type"])
     expect(published, "policy_head_type", *HEADS)
     weights = read_weights(folder)
-    tied = backbone_config["tie_word_embeddings"]
-    use_film = published.get("using_film", "reasoning_film.scale_fc.weight" in weights)
-    head_config, sizes = HEADS[head["policy_head_type"]](head["policy_head_config"], weights)
-    check_sizes(published, {name: sizes[name] for name in ("action_dim", "state_dim")})
     tokenizer = source_tokenizer(folder, published["vocab_size"])
-    end = getattr(tokenizer, "eos_token_id", None)  # by which the published evaluation ends a reasoning
-    config = DiVLAConfig(
-        backbone_config=backbone_config,
-        head_config=head_config,
-        use_film=use_film,
-        ntp_loss_weight=published.get("llm_loss_weight", 1.0),
-        # the published evaluation's, and room for a prompt
-        max_reasoning_tokens=min(256, backbone_config["text_config"]["max_position_embeddings"] // 2),
-        end_token_id=fields(published, ["eos_token_id"])["eos_token_id"] if end is None else end,
-        **sizes,
-    )
+    config = _config(published, backbone_config, weights, tokenizer)
     with torch.device("meta"):
         model = DiVLAForActionPrediction(config)
-    unused = [*DROPPED, *([] if use_film else [FILM]), *([re.escape(LANGUAGE_HEAD)] if tied else [])]
+    conversion = _conversion(model, weights, dtype)
+    if tokenizer is None:
+        no_processor(conversion, NO_PROCESSOR, statistics, cameras)
+    else:
+        images = _image_processor(folder, config.backbone_config.vision_config)
+        add_processor(
+            conversion,
+            DiVLAProcessor,
+            SimpleNamespace(image_processor=images, tokenizer=tokenizer),
+            statistics=statistics,
+            cameras=cameras,
+            unnorm_key=UNNORM_KEY,
+            specs=PUBLISHED_SPECS if config.action_dim == config.state_dim == len(_NAMES) else None,
+            camera_size=CAMERA_SIZE,
+            prompt_config={"image_size": [*CAMERA_SIZE]},
+        )
+    return conversion
+
+
+def _config(published, backbone_config, weights, tokenizer):
+    head_config, sizes = HEADS[published["policy_head_type"]](section(published, "policy_head_config"), weights)
+    check_sizes(published, {name: sizes[name] for name in ("action_dim", "state_dim")})
+    weight = published.get("llm_loss_weight", 1.0)
+    return build_config(
+        DiVLAConfig,
+        backbone_config=backbone_config,
+        head_config=head_config,
+        use_film=published.get("using_film", "reasoning_film.scale_fc.weight" in weights),
+        ntp_loss_weight=float(weight) if isinstance(weight, int) else weight,
+        # the published evaluation's, and room for a prompt
+        max_reasoning_tokens=min(256, backbone_config["text_config"]["max_position_embeddings"] // 2),
+        end_token_id=_end_token_id(published, tokenizer),
+        **sizes,
+    )
+
+
+def _end_token_id(published, tokenizer):
+    """Of the token by which the published evaluation ends a reasoning."""
+    if getattr(tokenizer, "eos_token_id", None) is not None:
+        return tokenizer.eos_token_id
+    end = fields(published, ["eos_token_id"])["eos_token_id"]
+    if type(end) is not int:
+        raise ValueError(
+            f"Expected the id of one token as eos_token_id in config.json, came {end!r}: write that of the token "
+            "which ends a reasoning, or add the source's tokenizer, whose end token counts."
+        )
+    return end
+
+
+def _conversion(model, weights, dtype):
+    tied = model.config.backbone_config.tie_word_embeddings
+    unused = [*DROPPED, *([] if model.config.use_film else [FILM]), *([re.escape(LANGUAGE_HEAD)] if tied else [])]
     weights, dropped = split_unused(weights, unused)
     weights = one_dtype(weights, dtype)
     if tied and EMBEDDING in weights:
         weights[LANGUAGE_HEAD] = weights[EMBEDDING]
     weights = match_weights(weights, PREFIXES, model)
     torch.nn.Module.to(model, next(iter(weights.values())).dtype)
-    conversion = Conversion(model, weights, dropped=dropped)
-    if tokenizer is None:
-        no_processor(conversion, NO_PROCESSOR, statistics, cameras)
-        return conversion
-    images = _image_processor(folder, backbone_config["vision_config"])
-    parts = SimpleNamespace(image_processor=images, tokenizer=tokenizer)
-    specs = PUBLISHED_SPECS if sizes["action_dim"] == sizes["state_dim"] == len(_NAMES) else None
-    add_processor(conversion, DiVLAProcessor, parts, statistics, cameras, UNNORM_KEY, specs, CAMERA_SIZE)
-    return conversion
+    return Conversion(model, weights, dropped=dropped)
 
 
 def _backbone_config(published):
     text = fields(published, TEXT_FIELDS) | {key: published.get(key, value) for key, value in TEXT_DEFAULTS.items()}
     text |= {key: published.get(key) for key in OPTIONAL_TOKENS}
-    scaling = fields(published, ["rope_scaling"])["rope_scaling"] or {}
+    scaling = section(published, "rope_scaling")
     expect(scaling, "type" if "type" in scaling else "rope_type", "default", "mrope", place="rope_scaling")
     text["rope_parameters"] = {
         "rope_type": "default",
         "rope_theta": published.get("rope_theta", 1000000.0),
         **fields(scaling, ["mrope_section"], "rope_scaling"),
     }
-    vision = published.get("vision_config") or {}
+    vision = section({"vision_config": {}} | published, "vision_config")
     return {
         "model_type": "qwen2_vl",
         "text_config": text,
@@ -232,10 +263,12 @@ HEADS = {"unet_diffusion_policy": _unet, "scale_dp_policy": _scale_dp}
 def _image_processor(folder, vision):
     path = folder / "preprocessor_config.json"
     images = read_json(path) if path.is_file() else {"min_pixels": 56 * 56}
+    size = images.get("size")
+    if isinstance(size, dict):  # older versions of transformers wrote other names
+        images["size"] = {PIXEL_LIMITS.get(name, name): limit for name, limit in size.items()}
     sizes = {
-        "patch_size": vision["patch_size"],
-        "merge_size": vision["spatial_merge_size"],
-        "temporal_patch_size": vision["temporal_patch_size"],
-        "max_pixels": MAX_PIXELS,
+        "patch_size": vision.patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "temporal_patch_size": vision.temporal_patch_size,
     }
     return Qwen2VLImageProcessorPil.from_dict(images | sizes)

@@ -6,11 +6,9 @@ hidden states of prompt and reasoning -> FiLM -> action head (+ state) -> chunk 
 Source: Diffusion-VLA, https://huggingface.co/papers/2412.03293
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
 from hf_vla.actions.heads.base import check_finite
@@ -18,34 +16,31 @@ from hf_vla.actions.heads.networks.condition import check_mask
 from hf_vla.actions.heads.networks.film import ReasoningFiLM
 from hf_vla.actions.heads.networks.latent import Embodiment
 from hf_vla.actions.heads.registry import build_action_head
-from hf_vla.models.backbones import backbone_inputs, check_generation, check_length, token_positions, token_types
+from hf_vla.models.backbones import (
+    backbone_inputs,
+    check_generation,
+    check_images,
+    check_length,
+    pretrained_backbone,
+    token_positions,
+    token_types,
+)
 from hf_vla.models.base import VLAPreTrainedModel
+from hf_vla.models.batches import IGNORED
 from hf_vla.models.divla.configuration_divla import DiVLAConfig, check_embodiment
+from hf_vla.models.divla.encoding import Encoding, append, last_real, pad_left, reasoning_mask, without_end
 from hf_vla.models.outputs import VLAOutput
-
-IGNORED = -100  # a label that no loss reads
-# inputs of a backbone that are counted here, where missing cameras and reasonings are known
-_COUNTED = {"position_ids", "token_type_ids", "mm_token_type_ids"}
-
-
-class Encoding(NamedTuple):
-    """Prompt and reasoning behind the backbone.
-
-    Args:
-        hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): behind the final norm.
-        mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, bool): True where a token is real.
-        is_reasoning (`torch.Tensor` of shape `(batch_size, sequence_length)`, bool): True where it is the model's own.
-    """
-
-    hidden_states: torch.Tensor
-    mask: torch.Tensor
-    is_reasoning: torch.Tensor
 
 
 class DiVLAForActionPrediction(VLAPreTrainedModel):
     """Images, an instruction and (where the robot has one) its state in; a reasoning and a chunk of actions out.
 
-    Example:
+    Args:
+        config ([`DiVLAConfig`]): of the model.
+        backbone (`PreTrainedModel`, *optional*): a pretrained one with its language head, whose configuration is
+            `config.backbone_config`; the rest, untrained, follows its device and precision. Default: an untrained one.
+
+    Examples:
     ```python
     >>> import hf_vla
     >>> from transformers import AutoModel, AutoProcessor
@@ -56,6 +51,15 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
     >>> output = model.predict_action(**inputs)
     >>> actions, reasoning = processor.decode_actions(output), processor.decode_reasoning(output)
     ```
+
+    A pretrained vision-language model gets an action head:
+    ```python
+    >>> from transformers import AutoModelForImageTextToText
+
+    >>> backbone = AutoModelForImageTextToText.from_pretrained("Qwen/Qwen2-VL-2B-Instruct", dtype="bfloat16")
+    >>> config = DiVLAConfig(backbone_config=backbone.config, action_dim=7, state_dim=8)
+    >>> model = DiVLAForActionPrediction(config, backbone)
+    ```
     """
 
     config: DiVLAConfig
@@ -63,17 +67,20 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    # Whether the backbone can is for the backbone to say, when it is built.
+    # Kinds of attention in the backbone, which refuses those that it does not support itself, when it is built.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config: DiVLAConfig):
+    def __init__(self, config: DiVLAConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
-        self.backbone = AutoModelForImageTextToText.from_config(config.backbone_config)
+        if backbone is None:
+            self.backbone = AutoModelForImageTextToText.from_config(config.backbone_config)
+        else:
+            self.backbone = pretrained_backbone(backbone, config)
         check_generation(self.backbone)
-        self._backbone_inputs = backbone_inputs(self.backbone.base_model) - _COUNTED
+        self._backbone_inputs = backbone_inputs(self.backbone.base_model)
         hidden_size = config.get_text_config().hidden_size
         self.film = ReasoningFiLM(hidden_size) if config.use_film else None
         self.action_head = build_action_head(
@@ -88,6 +95,10 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
             self.embodiments[name] = Embodiment(
                 **sizes, latent_dim=config.latent_dim, shared_state_dim=config.state_dim
             )
+        if backbone is not None:  # itself, cast as a whole, it would lose the frequencies that it keeps in float32
+            for name, part in self.named_children():
+                if name != "backbone":
+                    part.to(backbone.device, backbone.dtype)
         self.post_init()
 
     def _init_weights(self, module):
@@ -150,6 +161,8 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
             if name is not None:
                 raise ValueError(f"This model knows one robot only: leave embodiment={name!r} out.")
             return None
+        if not isinstance(name, (str, type(None))):
+            raise ValueError(f"Expected the name of one embodiment for the batch, got {name!r}: batch robots apart.")
         if name is None and len(self.embodiments) == 1:
             return next(iter(self.embodiments.values()))
         if name not in self.embodiments:
@@ -172,22 +185,24 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
                 it is padding or belongs to a missing camera.
             pixel_values (`torch.FloatTensor`): as the backbone takes them.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): the reasoning's tokens;
-                -100 in front of it, and everywhere in samples without any.
-            others: whatever else the backbone's `forward` takes.
+                -100 in front of it, and everywhere in samples without any. Where `attention_mask` is 0 nobody reads
+                them.
+            others: what else the processor says of pictures, such as `image_grid_thw`.
 
         Returns:
             [`Encoding`]
 
         Raises:
-            ValueError: a prompt is too long, or the backbone knows no input of that name.
+            ValueError: a prompt is too long, or there is none in front of a reasoning, or its pictures are missing,
+                the labels are of another shape or type, or the backbone knows no picture input of that name.
         """
         others = self.check_inputs("encode", others, self._backbone_inputs)
         check_length(self.config.get_text_config(), input_ids.shape[1])
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        is_reasoning = _reasoning(input_ids, labels)
-        outputs, _ = self._prefill(input_ids, attention_mask, pixel_values, is_reasoning, others, use_cache=False)
         mask = attention_mask.bool()
+        is_reasoning = reasoning_mask(input_ids, mask, labels)
+        outputs, _ = self._prefill(input_ids, attention_mask, pixel_values, is_reasoning, others, use_cache=False)
         return Encoding(outputs.last_hidden_state, mask, is_reasoning & mask)
 
     @torch.no_grad()
@@ -199,7 +214,7 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
         max_reasoning_tokens: int | None = None,
         **others,
     ) -> tuple[Encoding, torch.LongTensor]:
-        """Let the model say what it is about to do, always the likeliest token next.
+        """Let the model say what it is about to do, always the likeliest token next, as published.
 
         The end token is run through the backbone like all others, since in training its hidden state counts, too. A
         reasoning that would grow too long is ended by it.
@@ -223,10 +238,10 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
         if self.training and self.is_activation_checkpointing:
             raise ValueError("Expected a model that keeps its past: with activation checkpointing, call eval() first.")
         check_length(self.config.get_text_config(), input_ids.shape[1], limit)
-        input_ids, attention_mask = self._pad_left(input_ids, attention_mask)
+        input_ids, attention_mask = pad_left(input_ids, attention_mask, self.config.image_token_id)
         outputs, places = self._prefill(input_ids, attention_mask, pixel_values, None, others, use_cache=True)
         states, mask = [outputs.last_hidden_state], attention_mask.bool()
-        state = states[0][torch.arange(len(mask), device=mask.device), _last_real(mask)[:, -1]]
+        state = states[0][torch.arange(len(mask), device=mask.device), last_real(mask)[:, -1]]
         end, ids, active = self.config.end_token_id, [], mask.new_ones(len(mask))
         while len(ids) < limit and active.any():
             logits = self._logits(state)
@@ -246,17 +261,10 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
         reasoning_ids = torch.stack(ids, 1) if ids else input_ids[:, :0]
         return Encoding(torch.cat(states, 1), mask, is_reasoning), reasoning_ids
 
-    def _pad_left(self, input_ids, attention_mask):
-        """Prompts behind which a reasoning can stand: some backbones count the tokens in between, padding or not."""
-        if attention_mask is None:
-            return input_ids, torch.ones_like(input_ids)
-        in_prompt = attention_mask.bool() | (input_ids == self.config.image_token_id)
-        order = in_prompt.int().argsort(dim=-1, stable=True)
-        return input_ids.gather(1, order), attention_mask.gather(1, order)
-
     def _prefill(self, input_ids, attention_mask, pixel_values, is_reasoning, others, use_cache):
         """Outputs of the backbone, and the place behind each prompt, shaped as its `position_ids` of one token."""
         backbone, is_image = self.backbone.base_model, input_ids == self.config.image_token_id
+        check_images(backbone, is_image, pixel_values, others)
         in_prompt = attention_mask.bool() | is_image  # a missing camera keeps its place
         places = token_positions(backbone, input_ids, in_prompt, is_image, others)
         outputs = backbone(
@@ -314,8 +322,9 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
 
         Returns:
             [`VLAOutput`] with `loss` = `diffusion_loss` (mean over the samples) + `ntp_loss_weight` * `ntp_loss` (mean
-            over the batch's reasoning tokens) + `reconstruction_loss` (only where latents hold less than actions), and
-            `hidden_states`, those of prompt and reasoning.
+            over the batch's reasoning tokens) + `reconstruction_loss` (only where latents hold less than actions) +
+            `volume_loss` (only in front of a frozen head, see `ActionDecoder`), and `hidden_states`, those of prompt
+            and reasoning.
 
         Raises:
             ValueError: there are no actions, the embodiment is unknown or has other sizes, or the head would learn
@@ -330,28 +339,32 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
         encoding = self.encode(input_ids, attention_mask, pixel_values, labels, **others)
         parts = {"ntp_loss": self._ntp_loss(encoding, labels)}
         if robot is not None:
-            check_mask("action_mask", action_mask)
-            actions = actions.masked_fill(~action_mask[..., None], 0.0)  # NaN there would reach the gradients
-            parts["reconstruction_loss"] = robot.decoder.reconstruction_loss(actions, action_mask)
-            latents, state = robot.decoder.inverse(actions), robot.encode_state(state)
-            if any(parameter.requires_grad for parameter in self.action_head.parameters()):
-                # Latents that learn would learn to be easily denoised. Before a frozen head, they learn its language.
-                latents = latents.detach()
-                self._check_bound(latents, actions)
-            elif latents.requires_grad and not self.action_head.differentiable:
-                raise ValueError(
-                    f"Expected an action head behind which an embodiment can learn, got a "
-                    f"{type(self.action_head).__name__}, whose loss has no gradient for latents: take another head."
-                )
-            else:
-                parts["volume_loss"] = robot.decoder.volume_loss()
-            actions = latents
+            actions, of_decoder = self._latents(robot, actions, action_mask)
+            state, parts = robot.encode_state(state), parts | of_decoder
         features, mask = self.condition(encoding)
         parts["diffusion_loss"] = self.action_head.loss(features, mask, actions, action_mask, state, generator).mean()
         weights = {"ntp_loss": self.config.ntp_loss_weight}
         loss = sum(weights.get(name, 1.0) * part for name, part in parts.items())
-        parts.pop("volume_loss", None)
         return VLAOutput(loss=loss, hidden_states=(encoding.hidden_states,), **parts)
+
+    def _latents(self, robot: Embodiment, actions, action_mask):
+        """What the head has to predict for a robot's actions, and the parts of the loss that are of its decoder."""
+        check_mask("action_mask", action_mask)
+        actions = actions.masked_fill(~action_mask[..., None], 0.0)  # NaN there would reach the gradients
+        parts = {"reconstruction_loss": robot.decoder.reconstruction_loss(actions, action_mask)}
+        latents = robot.decoder.inverse(actions)
+        if any(parameter.requires_grad for parameter in self.action_head.parameters()):
+            # Latents that learn would learn to be easily denoised. Before a frozen head, they learn its language.
+            latents = latents.detach()
+            self._check_bound(latents, actions)
+        elif latents.requires_grad and not self.action_head.differentiable:
+            raise ValueError(
+                f"Expected an action head behind which an embodiment can learn, got a "
+                f"{type(self.action_head).__name__}, whose loss has no gradient for latents: take another head."
+            )
+        else:
+            parts["volume_loss"] = robot.decoder.volume_loss()
+        return latents, parts
 
     def _check_bound(self, latents, actions):
         """Raise where latents leave what the head can sample, and the actions do not."""
@@ -367,8 +380,8 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
         states, mask, _ = encoding
         labels = mask.new_full(mask.shape, IGNORED, dtype=torch.long) if labels is None else labels
         # of the few that are needed: a vocabulary's worth of logits for every token would fill the memory
-        rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-        logits = self._logits(states[rows, _last_real(mask)[rows, columns]])
+        rows, columns = ((labels[:, 1:] != IGNORED) & mask[:, 1:]).nonzero(as_tuple=True)
+        logits = self._logits(states[rows, last_real(mask)[rows, columns]])
         # A sum over none is 0 with gradients of 0, for which distributed training waits.
         return F.cross_entropy(logits, labels[rows, columns + 1], reduction="sum") / max(len(rows), 1)
 
@@ -393,41 +406,54 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
         num_inference_steps: int | None = None,
         **others,
     ) -> VLAOutput:
-        """Reason, unless a reasoning is given, and predict a chunk of actions under it.
+        """Reason (greedily, as published) unless a reasoning is given, and predict a chunk of actions under it.
 
         Args:
-            input_ids, attention_mask, pixel_values, others: see `encode`.
+            input_ids, attention_mask, pixel_values, others: from the processor, see `encode`.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): from a processor that was
-                given the reasoning; see `encode`.
-            state, embodiment: see `forward`.
+                given a reasoning for each sample: its tokens, and -100 in front of them.
+            state (`torch.FloatTensor` of shape `(batch_size, state_dim)`, *optional*): normalised.
+            embodiment (`str`, *optional*): whose actions are wanted; may be left out where the model knows one robot.
             reasoning_ids (`torch.LongTensor` of shape `(batch_size, reasoning_length)`, *optional*): an earlier
                 output's, to act under it once more.
-            max_reasoning_tokens (`int`, *optional*): see `reason`; 0: act without reasoning.
+            max_reasoning_tokens (`int`, *optional*): of the model's own reasoning, with the end token; the config's by
+                default. 0: act without reasoning.
             generator, noise, num_inference_steps: see `ActionHead.sample`; noise is of latents where there are any.
 
         Returns:
             [`VLAOutput`] with `actions` `(batch_size, chunk_size, action_dim)`, normalised, float32, and
-            `reasoning_ids` `(batch_size, reasoning_length)`, see `reason`; None where the reasoning came as labels.
+            `reasoning_ids` `(batch_size, reasoning_length)` with the end token, which also fills the places behind it;
+            None where the reasoning came as labels.
 
         Raises:
-            ValueError: a prediction is NaN or infinite, a reasoning is given twice, the embodiment is unknown, an
-                argument is not for this head; see also `encode`.
+            ValueError: a prediction is NaN or infinite, a reasoning is given in two ways, or for some samples only, or
+                reasoning_ids are not a model's, the embodiment is unknown, an argument is not for this head; or what
+                `encode` and `reason` refuse.
         """
         others = self.check_inputs("predict_action", others, self._backbone_inputs)
         robot = self._embodiment(embodiment)
-        if labels is not None and reasoning_ids is not None:
-            raise ValueError("Expected one reasoning, as labels or as reasoning_ids, got both.")
+        choices = {"labels": labels, "reasoning_ids": reasoning_ids, "max_reasoning_tokens": max_reasoning_tokens}
+        if len(given := [name for name, value in choices.items() if value is not None]) > 1:
+            raise ValueError(
+                "Expected a reasoning, as labels or as reasoning_ids, or max_reasoning_tokens of the model's own, got "
+                f"{' and '.join(given)}: choose one."
+            )
         generated = labels is None
         if reasoning_ids is not None:
-            input_ids, attention_mask, labels = self._append(input_ids, attention_mask, reasoning_ids)
+            input_ids, attention_mask, labels = append(self.config, input_ids, attention_mask, reasoning_ids)
         if labels is not None:
             encoding = self.encode(input_ids, attention_mask, pixel_values, labels, **others)
         else:
             encoding, reasoning_ids = self.reason(
                 input_ids, attention_mask, pixel_values, max_reasoning_tokens, **others
             )
-        if generated and not self.config.film_end_token:
-            encoding = _without_end(encoding)
+        if not generated and not encoding.is_reasoning.any(-1).all():
+            raise ValueError(
+                "Expected labels with a reasoning for every sample, got some without: give all of them one, or leave "
+                "labels out and the model reasons itself (with max_reasoning_tokens=0 it acts without)."
+            )
+        if generated and not self.config.film_includes_end:
+            encoding = without_end(encoding)
         features, mask = self.condition(encoding)
         if robot is not None:
             state = robot.encode_state(state)
@@ -436,39 +462,6 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
         )
         actions = actions if robot is None else check_finite(robot.decoder(actions))
         return VLAOutput(actions=actions, reasoning_ids=reasoning_ids)
-
-    def _append(self, input_ids, attention_mask, reasoning_ids):
-        """Prompts with a reasoning behind them; nothing is real behind its first end token."""
-        if len(reasoning_ids) != len(input_ids):
-            raise ValueError(f"Got {len(input_ids)} prompts and {len(reasoning_ids)} reasonings: give one for each.")
-        is_end = reasoning_ids == self.config.end_token_id
-        if reasoning_ids.shape[1] and not is_end.any(-1).all():
-            raise ValueError(
-                f"Expected every reasoning to end with the token {self.config.end_token_id}: give reasoning_ids as an "
-                "earlier output had them, or a text as `reasoning` to the processor."
-            )
-        input_ids, attention_mask = self._pad_left(input_ids, attention_mask)
-        mask = is_end.cumsum(-1) - is_end.long() == 0
-        labels = torch.cat([torch.full_like(input_ids, IGNORED), reasoning_ids.masked_fill(~mask, IGNORED)], 1)
-        attention_mask = torch.cat([attention_mask, mask.to(attention_mask.dtype)], 1)
-        return torch.cat([input_ids, reasoning_ids], 1), attention_mask, labels
-
-
-def _reasoning(input_ids: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-    """True from the first label on."""
-    return torch.zeros_like(input_ids, dtype=torch.bool) if labels is None else (labels != IGNORED).cumsum(-1) > 0
-
-
-def _last_real(mask: torch.Tensor) -> torch.Tensor:
-    """Where, up to each token, the last real one is: it says the next, even if a missing camera is in between."""
-    return torch.where(mask, torch.arange(mask.shape[1], device=mask.device), 0).cummax(-1).values
-
-
-def _without_end(encoding: Encoding) -> Encoding:
-    """Without the last token of each reasoning."""
-    states, mask, is_reasoning = encoding
-    kept = ~is_reasoning | (is_reasoning.cumsum(-1) < is_reasoning.sum(-1, keepdim=True))
-    return Encoding(states, mask & kept, is_reasoning & kept)
 
 
 # Only for registered models does peft translate adapters of older layouts; the backbones bring the translations along.

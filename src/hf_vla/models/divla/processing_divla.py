@@ -7,13 +7,11 @@ import numpy as np
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from hf_vla.models.batches import as_numpy, check_words, padded
+from hf_vla.models.batches import IGNORED, as_numpy, check_words, padded
 from hf_vla.models.byte_tokenizer import byte_tokenizer
 from hf_vla.models.divla.configuration_divla import DiVLAConfig
 from hf_vla.models.outputs import VLAOutput
 from hf_vla.models.prompts import PromptProcessor
-
-IGNORED = -100  # a label that no loss reads
 
 
 class DiVLAProcessor(PromptProcessor):
@@ -53,10 +51,7 @@ class DiVLAProcessor(PromptProcessor):
         *others, self.end_token_id = self._ids(self._opening + self._closing) or [None]
         if self.end_token_id not in self._control_ids or self.end_token_id in others:
             raise ValueError(f"Expected prompt_config['answer'] to end with its only end token, got {answer!r}.")
-        if embodiments and sorted(embodiments) != self.action_codec.keys:
-            raise ValueError(
-                f"Expected embodiments to name the robot of each of {self.action_codec.keys}, got {embodiments}."
-            )
+        _check_embodiments(embodiments, self.action_codec.keys)
 
     @classmethod
     def from_scratch(
@@ -139,8 +134,11 @@ class DiVLAProcessor(PromptProcessor):
     ) -> dict[str, np.ndarray]:
         """Fill and pad the prompts and what is said behind them.
 
+        In training, a sample whose reasoning is None adds nothing to the reasoning's loss, and nothing modulates its
+        actions. In prediction, None leaves the reasoning to the model: give all samples of a batch theirs, or none.
+
         Args:
-            views, texts: see [`~hf_vla.models.prompts.PromptProcessor.fill_prompts`].
+            views, texts: those of [`~hf_vla.models.prompts.PromptProcessor.fill_prompts`].
             reasonings (`list[str | None]`): of each sample; `""` is a reasoning of no words, None is none.
 
         Returns:
@@ -170,7 +168,8 @@ class DiVLAProcessor(PromptProcessor):
             output ([`VLAOutput`] of `predict_action`).
 
         Returns:
-            `list[str]`: one text per sample, without what always follows it; one that was cut short is as it was.
+            `list[str]`: one text per sample, without the words that always follow it; of one that was cut short,
+            whatever was said.
 
         Raises:
             ValueError: there is no reasoning in it.
@@ -190,3 +189,12 @@ class DiVLAProcessor(PromptProcessor):
 
     def _words(self, ids) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _check_embodiments(embodiments, unnorm_keys: list[str]) -> None:
+    if embodiments is None:
+        return
+    if not isinstance(embodiments, dict) or not all(isinstance(name, str) for name in embodiments.values()):
+        raise ValueError(f"Expected embodiments to be a dictionary {{unnorm_key: name}}, got {embodiments!r}.")
+    if embodiments and set(embodiments) != set(unnorm_keys):
+        raise ValueError(f"Expected embodiments to name the robot of each of {unnorm_keys}, got {embodiments}.")

@@ -78,7 +78,9 @@ class PI0VLAProcessor(ContinuousActionProcessor):
         """Processor of an untrained model: as `from_tokenizer`, with bytes as text tokens."""
         return cls.from_tokenizer(byte_tokenizer(0), config, statistics, action_config, camera_config)
 
-    def encode_prompts(self, views: list[list[tuple[Image.Image, bool]]], texts: list[str]) -> dict[str, np.ndarray]:
+    def encode_prompts(
+        self, views: list[list[tuple[Image.Image, bool]]], texts: list[str], reasonings: list[None]
+    ) -> dict[str, np.ndarray]:
         """Return `input_ids`, `attention_mask`, `pixel_values` and `pixel_attention_mask`; see the base class."""
         present = padded([[there for _, there in sample] for sample in views], False)
         pictures = [picture for sample in views for picture, there in sample if there]

@@ -10,6 +10,7 @@ from hf_vla.actions.codec import ActionCodec
 from hf_vla.actions.spec import ActionSpec, CameraSpec
 from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer
 from hf_vla.models.batches import (
+    IGNORED,
     VLAFeatures,
     as_numpy,
     check_words,
@@ -29,7 +30,6 @@ from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
 IMAGE_TOKEN = "<image>"
 # What every published grid bins; the checkpoints themselves do not say it.
 PUBLISHED_SPEC = ActionSpec(("x", "y", "z", "roll", "pitch", "yaw", "gripper"), "delta_ee", rotation="euler_xyz")
-IGNORED = -100  # label that no loss sees
 
 
 class SpatialVLAProcessor(ProcessorMixin):

@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+from hf_vla.models.backbone_configs import check_model_type, implementations
 from hf_vla.models.names import refuse_near_misses
 
 _CLIP_L = {
@@ -125,7 +126,9 @@ class TinyVLAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         refuse_near_misses("TinyVLAConfig", kwargs, [field.name for field in dataclasses.fields(self)])
-        super().__post_init__(**kwargs)
+        if isinstance(self.backbone_config, dict):
+            check_model_type(self.backbone_config)
+        super().__post_init__(**{**implementations(self.backbone_config), **kwargs})
         self.architectures = self.architectures or ["TinyVLAForActionPrediction"]
         self.head_config = {"type": "diffusion"} if self.head_config is None else self.head_config
 

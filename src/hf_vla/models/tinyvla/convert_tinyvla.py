@@ -22,12 +22,14 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 from hf_vla.actions.spec import ActionSpec, StateSpec
 from hf_vla.models.conversion import (
     Conversion,
+    build_config,
     expect,
     fields,
     match_weights,
     one_dtype,
     read_json,
     read_weights,
+    section,
     split_unused,
 )
 from hf_vla.models.published import (
@@ -118,16 +120,7 @@ def translate(
         return _language_model(folder, published, weights, bool(statistics or cameras), dtype)
     expect(published, "action_head_type", "droid_diffusion")
     tokenizer = _tokenizer(folder, published)
-    backbone_config = _backbone_config(published, weights, tokenizer)
-    head_config, action_dim, state_dim = unet_head(weights, UNET)
-    check_sizes(published, {"action_dim": action_dim, "state_dim": state_dim})
-    config = TinyVLAConfig(
-        backbone_config=backbone_config,
-        head_config=head_config,
-        action_dim=action_dim,
-        state_dim=state_dim,
-        chunk_size=fields(published, ["chunk_size"])["chunk_size"],
-    )
+    config = _config(published, weights, tokenizer)
     with torch.device("meta"):
         model = TinyVLAForActionPrediction(config)
     conversion = _conversion(model, published, weights, PREFIXES, dtype)
@@ -136,8 +129,16 @@ def translate(
     else:
         vision = model.backbone.config.vision_config
         parts = SimpleNamespace(image_processor=_image_processor(folder, vision), tokenizer=tokenizer)
-        specs = PUBLISHED_SPECS if (action_dim, state_dim) == PUBLISHED_SIZES else None
-        add_processor(conversion, TinyVLAProcessor, parts, statistics, cameras, UNNORM_KEY, specs, CAMERA_SIZE)
+        add_processor(
+            conversion,
+            TinyVLAProcessor,
+            parts,
+            statistics=statistics,
+            cameras=cameras,
+            unnorm_key=UNNORM_KEY,
+            specs=PUBLISHED_SPECS if (config.action_dim, config.state_dim) == PUBLISHED_SIZES else None,
+            camera_size=CAMERA_SIZE,
+        )
     return conversion
 
 
@@ -167,6 +168,17 @@ def _language_model(folder, published, weights, for_robots, dtype):
     return conversion
 
 
+def _config(published, weights, tokenizer):
+    backbone_config = _backbone_config(published, weights, tokenizer)
+    head_config, action_dim, state_dim = unet_head(weights, UNET)
+    sizes = {"action_dim": action_dim, "state_dim": state_dim}
+    check_sizes(published, sizes)
+    chunk_size = fields(published, ["chunk_size"])["chunk_size"]
+    return build_config(
+        TinyVLAConfig, backbone_config=backbone_config, head_config=head_config, chunk_size=chunk_size, **sizes
+    )
+
+
 def _conversion(model, published, weights, prefixes, dtype):
     weights, dropped = split_unused(weights, DROPPED)
     weights = one_dtype(weights, dtype)
@@ -193,7 +205,7 @@ def _backbone_config(published, weights, tokenizer):
     }
     return {
         "model_type": "llava",
-        **_vision_options(fields(published, ["vision_config"])["vision_config"], weights),
+        **_vision_options(section(published, "vision_config"), weights),
         "text_config": {"model_type": "gpt_neox", **text},
         "image_token_index": image_token_id,
     }
@@ -201,9 +213,8 @@ def _backbone_config(published, weights, tokenizer):
 
 def _vision_options(published, weights):
     """Llava's options that concern images; the model type is CLIP's in both kinds of config.json."""
-    parts = fields(published, ["vision_tower", "mm_projector"], "vision_config")
-    expect(parts["mm_projector"], "mm_projector_type", "mlp2x_gelu")
-    tower = parts["vision_tower"]
+    expect(section(published, "mm_projector", "vision_config"), "mm_projector_type", "mlp2x_gelu")
+    tower = section(published, "vision_tower", "vision_config")
     expect(tower, "mm_vision_select_feature", "patch", "cls_patch")
     vision = fields(tower, VISION_FIELDS, "vision_config.vision_tower")
     num_patches = (vision["image_size"] // vision["patch_size"]) ** 2

@@ -6,11 +6,18 @@ Source: TinyVLA, https://huggingface.co/papers/2409.12514
 """
 
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
 from hf_vla.actions.heads.registry import build_action_head
-from hf_vla.models.backbones import backbone_inputs, check_length, token_positions, token_types
+from hf_vla.models.backbones import (
+    backbone_inputs,
+    check_images,
+    check_length,
+    pretrained_backbone,
+    token_positions,
+    token_types,
+)
 from hf_vla.models.base import VLAPreTrainedModel
 from hf_vla.models.outputs import VLAOutput
 from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
@@ -19,7 +26,12 @@ from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
 class TinyVLAForActionPrediction(VLAPreTrainedModel):
     """Images, an instruction and (where the robot has one) its state in, a chunk of normalised actions out.
 
-    Example:
+    Args:
+        config ([`TinyVLAConfig`]): of the model.
+        backbone (`PreTrainedModel`, *optional*): a pretrained one without a language head, whose configuration is
+            `config.backbone_config`; the head, untrained, follows its device and precision. Default: an untrained one.
+
+    Examples:
     ```python
     >>> import hf_vla
     >>> from transformers import AutoModel, AutoProcessor
@@ -29,6 +41,13 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
     >>> inputs = processor(images={"front": image}, text="pick up the red cube", state=state)
     >>> actions = processor.decode_actions(model.predict_action(**inputs))
     ```
+
+    A pretrained vision-language model gets an action head:
+    ```python
+    >>> backbone = AutoModel.from_pretrained("llava-hf/llava-interleave-qwen-0.5b-hf", dtype="bfloat16")
+    >>> config = TinyVLAConfig(backbone_config=backbone.config, action_dim=7, state_dim=8)
+    >>> model = TinyVLAForActionPrediction(config, backbone)
+    ```
     """
 
     config: TinyVLAConfig
@@ -36,20 +55,25 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    # Whether the backbone can is for the backbone to say, when it is built.
+    # Kinds of attention in the backbone, which refuses those that it does not support itself, when it is built.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config: TinyVLAConfig):
+    def __init__(self, config: TinyVLAConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
-        self.backbone = AutoModel.from_config(config.backbone_config)
+        if backbone is None:
+            self.backbone = AutoModel.from_config(config.backbone_config)
+        else:
+            self.backbone = pretrained_backbone(backbone, config)
         self._backbone_inputs = backbone_inputs(self.backbone)
         feature_dim = config.get_text_config().hidden_size
         self.action_head = build_action_head(
             config.head_config, feature_dim, config.action_dim, config.chunk_size, config.state_dim
         )
+        if backbone is not None:
+            self.action_head.to(backbone.device, backbone.dtype)
         self.post_init()
 
     def _init_weights(self, module):
@@ -78,25 +102,24 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 where a token is real, 0 where
                 it is padding or belongs to a missing camera.
             pixel_values (`torch.FloatTensor`): as the backbone takes them.
-            others: whatever else the backbone's `forward` takes.
+            others: what else the processor says of pictures, such as `image_grid_thw`.
 
         Returns:
             `tuple`: features `(batch_size, L, hidden_size)`, and a mask `(batch_size, L)`, True where a feature is
             real. L is the sequence length, or the number of readout tokens where the config has any.
 
         Raises:
-            ValueError: a prompt is too long or has not all of the readout tokens, or is padded in front and the
-                backbone counts positions itself, or the backbone knows no input of that name.
+            ValueError: a prompt is too long or has not all of the readout tokens, or its pictures are missing, or it
+                is padded in front and the backbone counts positions itself, or knows no picture input of that name.
         """
         others = self.check_inputs("encode", others, self._backbone_inputs)
         check_length(self.config.get_text_config(), input_ids.shape[1])
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         mask, is_image = attention_mask.bool(), input_ids == self.config.image_token_id
+        check_images(self.backbone, is_image, pixel_values, others)
         inputs, in_prompt = token_types(self.backbone, input_ids, is_image), mask | is_image
         if "image_grid_thw" in others or not in_prompt[:, 0].all():  # else the backbone counts as well itself
-            if "position_ids" not in self._backbone_inputs:
-                raise ValueError("Expected prompts padded on the right, got padding at the beginning of a prompt.")
             inputs["position_ids"] = token_positions(self.backbone, input_ids, in_prompt, is_image, others)
         inputs |= others
         outputs = self.backbone(

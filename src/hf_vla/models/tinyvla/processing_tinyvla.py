@@ -55,8 +55,14 @@ class TinyVLAProcessor(PromptProcessor):
         """Take the config's readout tokens, in place of another head's."""
         prompt["readout"] = _add_readout_tokens(tokenizer, config)
 
-    def encode_prompts(self, views: list[list[tuple[Image.Image, bool]]], texts: list[str]) -> dict[str, np.ndarray]:
-        """Fill and pad the prompts; see [`~hf_vla.models.prompts.PromptProcessor.fill_prompts`].
+    def encode_prompts(
+        self, views: list[list[tuple[Image.Image, bool]]], texts: list[str], reasonings: list[None]
+    ) -> dict[str, np.ndarray]:
+        """Fill and pad the prompts.
+
+        Args:
+            views, texts: those of [`~hf_vla.models.prompts.PromptProcessor.fill_prompts`].
+            reasonings (`list[None]`): one per sample; a TinyVLA says nothing.
 
         Returns:
             `dict[str, np.ndarray]`: `input_ids` and `attention_mask` `(batch_size, L)`, padded on the right, beside
