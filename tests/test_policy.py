@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,6 @@ from transformers import BatchFeature
 
 from hf_vla.actions.codec import ActionCodec
 from hf_vla.actions.spec import ActionSpec, CameraSpec, StateSpec
-from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.models.outputs import VLAOutput
 from hf_vla.policy import Policy
 
@@ -141,6 +142,21 @@ def test_another_task_starts_ensemble_and_seed_anew():
     assert third[1] == first[1] != second[1]
 
 
+def test_another_given_reasoning_starts_the_ensemble_anew_but_not_the_seed():
+    processor, model = EchoProcessor(), Counter()
+    processor.takes_reasoning, model.config = True, SimpleNamespace(max_reasoning_tokens=8)
+    policy, alone = Policy(model, processor, ensemble_coefficient=0.0, seed=3), torch.Generator().manual_seed(3)
+
+    def act(words, task="push"):
+        action = float(policy.select_action(observe(task=task), words)[0])
+        return action, torch.rand(1, generator=policy.model.options["generator"]).item()
+
+    numbers = torch.rand(3, 1, generator=alone)[:, 0].tolist()
+    actions, drawn = zip(*map(act, ("lift", "lift", "drop")), strict=True)
+    assert actions == pytest.approx([1.0, (1.1 + 2.0) / 2, 3.0]) and list(drawn) == numbers
+    assert act("drop", "pull")[1] == numbers[0]
+
+
 def test_a_seed_repeats_from_reset_on():
     policy = Policy(Counter(), EchoProcessor(), seed=3)
 
@@ -206,6 +222,7 @@ def test_names_what_an_observation_lacks(cameras, state_spec, observation, messa
         ({"n_action_steps": 1, "ensemble_coefficient": 0.01}, "not both"),
         ({"reasoning_interval": 0}, "reasoning_interval of 1 or more, came 0"),
         ({"reasoning_interval": 2}, "does not reason: leave reasoning_interval out, came 2"),
+        ({"max_reasoning_tokens": 0}, "does not reason: leave max_reasoning_tokens out, came 0"),
     ],
 )
 def test_rejects_options(options, message):
@@ -274,117 +291,3 @@ def test_a_name_on_the_hub_is_not_taken_for_a_folder(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="outputs/modell: no such folder. Did you mean 'outputs/model'"):
         Policy.from_pretrained("outputs/modell")
     assert names == ["lerobot/pi0_base"]
-
-
-@pytest.fixture(scope="module")
-def frames(demos):
-    """Frames of which an untrained model says different things."""
-    dataset = LeRobotEpisodes(demos)
-    return [dataset[row] | {"task": "push"} for row in (0, 400, 800, 1200)]
-
-
-@pytest.fixture(scope="module")
-def talker(reasoning_checkpoint):
-    """Makes policies of a model that reasons, and says what they were made under."""
-    loaded = Policy.from_pretrained(reasoning_checkpoint, device="cpu")
-
-    def make(**options):
-        return Policy(loaded.model, loaded.processor, **options)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def own(talker, frames):
-    """What the model says of each frame."""
-    policy, texts = talker(), []
-    assert policy.reasoning is None
-    for frame in frames:
-        policy.predict_chunk(frame)
-        texts.append(policy.reasoning)
-    assert len(set(texts)) == len(frames)
-    return texts
-
-
-def predict(policy, frame, reasoning=None, **options):
-    """The chunk that model and processor give without the policy, and the reasoning's ids."""
-    images = {name: frame[f"observation.images.{name}"] for name in ("agentview", "wrist")}
-    inputs = policy.processor(images=[images], text=[frame["task"]], reasoning=reasoning)
-    output = policy.model.predict_action(**inputs, **options)
-    return policy.processor.decode_actions(output)[0], output.reasoning_ids
-
-
-def test_reasons_before_every_nth_chunk(talker, frames, own):
-    policy = talker(reasoning_interval=3)
-    texts, chunks = [], []
-    for frame in frames:
-        chunks.append(policy.predict_chunk(frame))
-        texts.append(policy.reasoning)
-    assert texts == [own[0]] * 3 + [own[3]]
-    first, ids = predict(policy, frames[0])
-    assert np.array_equal(chunks[0], first)
-    assert np.array_equal(chunks[1], predict(policy, frames[1], reasoning_ids=ids)[0])
-    assert not np.allclose(chunks[1], predict(policy, frames[1])[0], atol=1e-3)  # which reasons anew
-
-
-def test_reset_and_another_task_make_it_reason_anew(talker, frames, own):
-    policy = talker(reasoning_interval=9)
-    policy.predict_chunk(frames[0])
-    policy.reset()
-    assert policy.reasoning is None
-    policy.predict_chunk(frames[1])
-    assert policy.reasoning == own[1]
-    pull = frames[2] | {"task": "pull"}
-    policy.predict_chunk(pull)
-    fresh = talker()
-    fresh.predict_chunk(pull)
-    assert policy.reasoning == fresh.reasoning not in own
-    policy.predict_chunk(frames[3])
-    assert policy.reasoning == own[3]
-
-
-def test_executes_chunks_under_one_reasoning(talker, frames, own):
-    policy = talker(reasoning_interval=2, n_action_steps=1)
-    actions = [(policy.select_action(frame), policy.reasoning) for frame in frames]
-    assert [text for _, text in actions] == [own[0], own[0], own[2], own[2]]
-
-
-def test_an_ensembles_predictions_count(talker, frames, own):
-    policy = talker(reasoning_interval=2, ensemble_coefficient=0.0)
-    texts = [policy.select_action(frame) is not None and policy.reasoning for frame in frames]
-    assert texts == [own[0], own[0], own[2], own[2]]
-
-
-def test_acts_under_a_given_reasoning_and_reasons_anew_after_it(talker, frames, own):
-    policy = talker(reasoning_interval=9)
-    policy.predict_chunk(frames[0])
-    chunk = policy.predict_chunk(frames[1], reasoning="lift the can")
-    assert policy.reasoning == "lift the can"
-    assert np.array_equal(chunk, predict(policy, frames[1], "lift the can")[0])
-    assert not np.allclose(chunk, predict(policy, frames[1])[0], atol=1e-3)
-    policy.predict_chunk(frames[2])
-    assert policy.reasoning == own[2]
-
-
-def test_another_given_reasoning_gives_the_chunk_up(talker, frames):
-    policy, given = talker(), ["lift", "lift", "drop", None, None]
-    predicted = []
-    for reasoning in given:
-        policy.select_action(frames[0], reasoning)
-        predicted.append((policy.reasoning, len(policy._horizon._actions)))
-    assert [left for _, left in predicted] == [3, 2, 3, 3, 2]
-    assert [text for text, _ in predicted[:3]] == ["lift", "lift", "drop"] and predicted[3][0] == predicted[4][0]
-
-
-def test_a_datasets_reasoning_is_not_peeked_at(talker, frames, own):
-    policy = talker()
-    policy.predict_chunk(frames[0] | {"reasoning": "lift", "subtask": "lift"})
-    assert policy.reasoning == own[0]
-
-
-def test_a_family_that_does_not_reason_takes_no_reasoning(tiny_checkpoint, demo_item):
-    policy = Policy.from_pretrained(tiny_checkpoint)
-    policy.predict_chunk(demo_item)
-    assert policy.reasoning is None and not policy.takes_reasoning
-    with pytest.raises(ValueError, match="takes no reasoning"):
-        policy.predict_chunk(demo_item, reasoning="lift")

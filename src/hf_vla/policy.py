@@ -24,7 +24,7 @@ class Policy:
 
     A model that reasons in words does so before every prediction, which takes much of the time; with
     `reasoning_interval` it acts several times under what it said. `policy.reasoning` is the text under which the last
-    prediction was made; None before the first, and for families that say nothing.
+    prediction was made; None before the first, and for models that act without words.
 
     ```python
     policy = Policy.from_pretrained("outputs/demo/model")
@@ -42,10 +42,12 @@ class Policy:
             same.
         num_inference_steps (`int`, *optional*): of heads that denoise; the checkpoint's own by default.
         reasoning_interval (`int`, defaults to 1): predictions made under one reasoning, the first of them included.
+        max_reasoning_tokens (`int`, *optional*): of the model's own reasoning, with its end; the checkpoint's by
+            default. 0: act without words.
 
     Raises:
         ValueError: the processor knows no actions, the key is unknown or missing, both ways of executing a chunk are
-            asked for, or an interval of a model that does not reason.
+            asked for, or a reasoning's interval or length of a model that acts without words.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Policy:
         seed=None,
         num_inference_steps=None,
         reasoning_interval=1,
+        max_reasoning_tokens=None,
     ):
         if not hasattr(processor, "action_codec"):
             raise ValueError(
@@ -68,13 +71,16 @@ class Policy:
             raise ValueError(
                 "Give n_action_steps or ensemble_coefficient, not both: ensembling predicts at every step."
             )
-        self.takes_reasoning = getattr(processor, "takes_reasoning", False)
-        self._reasoning_interval = whole_number(reasoning_interval, "reasoning_interval")
-        if self._reasoning_interval > 1 and not self.takes_reasoning:
-            raise ValueError(
-                f"This model does not reason: leave reasoning_interval out, came {self._reasoning_interval}."
-            )
         self.model, self.processor = model.eval(), processor
+        self.takes_reasoning = getattr(processor, "takes_reasoning", False) and model.config.max_reasoning_tokens > 0
+        self._reasoning_interval = whole_number(reasoning_interval, "reasoning_interval")
+        self._reasoning_options = {}
+        if max_reasoning_tokens is not None:
+            self._check_words("max_reasoning_tokens", max_reasoning_tokens)
+            limit = whole_number(max_reasoning_tokens, "max_reasoning_tokens", least=0)
+            self._reasoning_options["max_reasoning_tokens"] = limit
+        if self._reasoning_interval > 1:
+            self._check_words("reasoning_interval", reasoning_interval)
         codec = processor.action_codec
         self.unnorm_key = codec.resolve_key(unnorm_key)
         self.action_spec, self.state_spec = codec.specs(self.unnorm_key)
@@ -118,10 +124,14 @@ class Policy:
 
     def reset(self):
         """Forget predictions and reasoning and draw from the seed anew; call it when an episode starts."""
-        self._goal = self.reasoning = None
-        self._recalled = []  # (task, ids) of the last reasoning, once for each prediction that is still due under it
+        self._forget()
+        self._task = None
         if self._seed is not None:
             self._options["generator"].manual_seed(self._seed)
+
+    def _forget(self):
+        self.reasoning = self._given = None
+        self._said, self._due = None, 0  # task and ids of the model's last reasoning; predictions still due under it
         self._horizon.reset()
         if self._ensembler is not None:
             self._ensembler.reset()
@@ -143,26 +153,31 @@ class Policy:
 
         Raises:
             ValueError: the observation lacks something that the checkpoint needs, which the text names, or the model
-                takes no reasoning.
+                acts without words. Such a call counts for nothing.
         """
-        inputs, task, options = self._inputs(observation), observation[TASK], self._options
-        if reasoning is not None:
-            inputs["reasoning"], self._recalled = [reasoning], []
-        elif self._recalled and self._recalled[-1][0] == task:
-            options = {**options, "reasoning_ids": self._recalled.pop()[1]}
+        inputs, task, options = self._inputs(observation, reasoning), observation[TASK], self._options
+        recalled = reasoning is None and self._due > 0 and self._said[0] == task
+        if recalled:
+            options = {**options, "reasoning_ids": self._said[1]}
+        elif reasoning is None:
+            options = {**options, **self._reasoning_options}
         inputs = self.processor(**inputs, unnorm_key=self.unnorm_key, return_tensors="pt")
         output = self.model.predict_action(**inputs.to(self.model.device), **options)
+        (chunk,) = self.processor.decode_actions(output, self.unnorm_key)
         if reasoning is not None:
-            self.reasoning = reasoning
-        elif self.takes_reasoning and "reasoning_ids" not in options:
+            self.reasoning, self._due = reasoning.strip(), 0  # as the processor strips it
+        elif recalled:
+            self._due -= 1
+        elif self._speaks:
             (self.reasoning,) = self.processor.decode_reasoning(output)
-            self._recalled = [(task, output.reasoning_ids)] * (self._reasoning_interval - 1)
-        return self.processor.decode_actions(output, self.unnorm_key)[0]
+            self._said, self._due = (task, output.reasoning_ids), self._reasoning_interval - 1
+        return chunk
 
     def select_action(self, observation, reasoning=None):
         """Return the action for this control step.
 
-        A new chunk is predicted when one is due. Another task or given reasoning than before starts all anew.
+        A new chunk is predicted when one is due. Another task than before starts all anew; another given reasoning
+        ends the chunk, and the seed's random numbers go on.
 
         Args:
             observation (`dict`), reasoning (`str`, *optional*): see `predict_chunk`.
@@ -173,19 +188,36 @@ class Policy:
         Raises:
             ValueError: see `predict_chunk`.
         """
-        self._inputs(observation)  # checked at every step, also while a chunk is being executed
-        goal = observation[TASK], reasoning
-        if goal != self._goal:
+        self._inputs(observation, reasoning)  # checked at every step, also while a chunk is being executed
+        if observation[TASK] != self._task:
             self.reset()
-            self._goal = goal
+        elif reasoning != self._given:
+            self._forget()
+        self._task, self._given = observation[TASK], reasoning
         if self._ensembler is not None:
             return self._ensembler.update(self.predict_chunk(observation, reasoning))
         if self._horizon.empty:
             self._horizon.push(self.predict_chunk(observation, reasoning))
         return self._horizon.pop()
 
-    def _inputs(self, observation):
-        """What the processor needs of an observation."""
+    @property
+    def _speaks(self):
+        return self.takes_reasoning and self._reasoning_options.get("max_reasoning_tokens") != 0
+
+    def _check_words(self, name, value):
+        """Raise where an option has no use: nothing is said."""
+        if not self.takes_reasoning:
+            why = "does not reason"
+            if getattr(self.processor, "takes_reasoning", False):
+                why = "was trained to act without words (config.max_reasoning_tokens is 0)"
+            raise ValueError(f"This model {why}: leave {name} out, came {value!r}.")
+        if not self._speaks:
+            raise ValueError(
+                f"With max_reasoning_tokens=0 the model acts without words: leave it or {name} out, came {value!r}."
+            )
+
+    def _inputs(self, observation, reasoning):
+        """What the processor needs of an observation, and of words that are given with it."""
         if not isinstance(observation.get(TASK), str):
             raise ValueError(
                 f"Expected an instruction under {TASK!r}, a text, came {observation.get(TASK)!r}; the observation has "
@@ -203,6 +235,9 @@ class Policy:
                 inputs["depth"] = np.asarray(observation[DEPTH + name])[None]
         if self.takes_state:
             inputs["state"] = self._state(observation)[None]
+        if reasoning is not None:
+            self._check_words("reasoning", reasoning)
+            inputs["reasoning"] = [reasoning]
         return inputs
 
     def _camera_names(self, observation):

@@ -189,6 +189,12 @@ def test_prints_the_reasoning_above_the_table(reasoning_checkpoint, pictures, tm
     assert given.exit_code == 0, given.output
     assert given.stdout.splitlines()[0] == r"Reasoning: 'lift [bold]\x1b[2J$x$'"  # the terminal is not cleared
     assert table_rows(given) != table_rows(own) and len(table_rows(own)) == 4
+    short, silent = (predict(*arguments, "--max-reasoning-tokens", limit) for limit in (2, 0))
+    assert short.exit_code == silent.exit_code == 0, short.output + silent.output
+    words = short.stdout.splitlines()[0].removesuffix("'")
+    assert words != first.removesuffix("'") and first.startswith(words)
+    assert "Reasoning" not in silent.stdout and table_rows(silent) not in (table_rows(own), table_rows(short))
+    assert titles[-1] == "wave"
 
 
 def table_rows(result):
@@ -197,7 +203,7 @@ def table_rows(result):
 
 def test_a_reasoning_for_a_family_that_says_nothing_is_an_error(tiny_checkpoint, frame):
     result = predict("--model", tiny_checkpoint, "--image", frame, "--text", "x", "--reasoning", "lift")
-    assert result.exit_code == 1 and "does not reason in words: leave --reasoning out." in result.stderr
+    assert result.exit_code == 1 and "This model does not reason: leave reasoning out" in result.stderr
 
 
 def test_other_families_print_no_reasoning(tiny_checkpoint, frame):

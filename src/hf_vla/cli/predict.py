@@ -25,6 +25,9 @@ def predict(
     reasoning: Annotated[
         str | None, typer.Option(help="What to act under, instead of the model's own reasoning in words.")
     ] = None,
+    max_reasoning_tokens: Annotated[
+        int | None, typer.Option(help="Longest reasoning of the model's own; 0: act without words.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of the chunk to this file.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes heads that draw noise repeatable.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: the accelerator.")] = None,
@@ -32,7 +35,6 @@ def predict(
     """Predict the robot actions for an image and an instruction."""
     from textwrap import fill
 
-    from PIL import Image, ImageOps
     from rich.console import Console
     from rich.markup import escape
 
@@ -43,19 +45,15 @@ def predict(
     if plot is not None and (plot.suffix not in suffixes or not plot.absolute().parent.is_dir()):
         raise ValueError(f"Expected --plot to be a file {suffixes} in an existing folder, came {str(plot)!r}.")
     files = parse_images(image)
-    policy = Policy.from_pretrained(model, unnorm_key=unnorm_key, device=device, seed=seed)
+    options = {"unnorm_key": unnorm_key, "seed": seed, "max_reasoning_tokens": max_reasoning_tokens}
+    policy = Policy.from_pretrained(model, device=device, **options)
     observation = {TASK: text}
     for camera, path in name_cameras(files, policy.cameras).items():
-        observation[IMAGES + camera] = None
-        if path is not None:
-            with Image.open(path) as file:
-                observation[IMAGES + camera] = ImageOps.exif_transpose(file)
+        observation[IMAGES + camera] = path and open_upright(path)
     if state is not None:
         if not policy.takes_state:
             raise ValueError("This checkpoint takes no state: leave --state out.")
         observation[STATE] = parse_numbers(state)
-    if reasoning is not None and not policy.takes_reasoning:
-        raise ValueError("This checkpoint does not reason in words: leave --reasoning out.")
     chunk = policy.predict_chunk(observation, reasoning)
     console, title = Console(), text
     if policy.reasoning is not None:  # quoted, since a model may say anything: nothing, or what a terminal would obey
@@ -67,6 +65,14 @@ def predict(
         picture = next(value for value in pictures if value is not None)
         plot_chunk(chunk, policy.action_spec, picture, title=title).savefig(plot)
         console.print(f"Wrote {plot}", highlight=False)
+
+
+def open_upright(path):
+    """Read a picture, turned as the camera was held."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as file:
+        return ImageOps.exif_transpose(file)
 
 
 def parse_images(values):
