@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,32 +83,38 @@ trained for minutes on 19 episodes, shows that the pipeline works and no more.
 """
 
 
-def evaluate(demo, output):
+def evaluate(demo, output, num_frames=None):
     """Load the checkpoint like any other and compare its predictions with episodes that training never saw."""
     model, processor = (auto.from_pretrained(output / "model") for auto in (AutoModel, AutoProcessor))
-    spec, _ = processor.action_codec.specs()
     data = load_recipe(demo.recipe).data
     dataset, train_set, eval_set = open_dataset(data)
-    collator = VLACollator(processor, None, dataset.camera_keys, data.state is not None, data.reasoning)
+    collator = partial(VLACollator, unnorm_key=None, cameras=dataset.camera_keys, with_state=data.state is not None)
     column = dataset.column("action")
 
     # the first frame of an episode has no action before it that could be repeated
     rows = np.array([row for row in eval_set.indices if dataset.column("frame_index")[row] > 0])
+    rows = rows[np.linspace(0, len(rows) - 1, min(num_frames or len(rows), len(rows))).round().astype(int)]
     others, tasks = rows.copy(), dataset.column("task_index")[rows]
     for task in np.unique(tasks):
         others[tasks == task] = np.random.default_rng(0).permutation(rows[tasks == task])
 
-    def predict(pictures, recorded=False):
+    def with_own_words(items):
+        return collator(processor).prompts(items)["inputs"]
+
+    def with_recorded_words(items):
+        return collator(partial(processor, reasoning=[item[data.reasoning] for item in items])).prompts(items)[
+            "inputs"
+        ]
+
+    def predict(pictures, make_inputs=with_own_words):
         chunks, said, generator = [], [], torch.Generator().manual_seed(0)
-        for places in np.array_split(np.arange(len(rows)), len(rows) // 32):
+        for places in np.array_split(np.arange(len(rows)), max(1, len(rows) // 32)):
             seen = [{key: dataset[row][key] for key in dataset.camera_keys} for row in pictures[places]]
             items = [dataset[row] | images for row, images in zip(rows[places], seen, strict=True)]
-            inputs = collator(items) if recorded else collator.prompts(items)["inputs"]
-            inputs = {name: value for name, value in inputs.items() if name not in ("actions", "action_mask")}
-            output = model.predict_action(**inputs, generator=generator)
-            chunks.append(processor.decode_actions(output))
-            if output.reasoning_ids is not None:
-                said += processor.decode_reasoning(output)
+            prediction = model.predict_action(**make_inputs(items), generator=generator)
+            chunks.append(processor.decode_actions(prediction))
+            if prediction.reasoning_ids is not None:
+                said += processor.decode_reasoning(prediction)
         return np.concatenate(chunks), said
 
     windows, is_pad = dataset.windows("action")
@@ -115,16 +122,30 @@ def evaluate(demo, output):
     chunks, said = predict(rows)
     guesses = {
         demo.title: chunks,
-        **({RECORDED: predict(rows, recorded=True)[0]} if said else {}),
+        **({RECORDED: predict(rows, with_recorded_words)[0]} if said else {}),
         SWAPPED: predict(others)[0],
         MEAN: np.broadcast_to(column[train_set.indices].mean(0), actions.shape),
         MEDIAN: np.broadcast_to(np.median(column[train_set.indices], axis=0), actions.shape),
         LAST: np.broadcast_to(column[rows - 1][:, None], actions.shape),
     }
-    errors = {name: action_error(guess, actions, mask, spec) for name, guess in guesses.items()}
+    compare_errors(demo, guesses, actions, mask, processor.action_codec)
 
+    each = (np.abs(chunks - actions).mean(-1) * mask).sum(-1) / mask.sum(-1)
+    middle = np.argsort(each)[len(rows) // 2]
+    words = None
+    if said:
+        texts = dataset.texts(data.reasoning)
+        compare_words(said, texts, rows, train_set.indices, dataset.column("task_index"))
+        words = said[middle], texts[rows[middle]]
+    show(dataset[rows[middle]], chunks[middle], actions[middle], words, processor, output)
+
+
+def compare_errors(demo, guesses, actions, mask, codec):
+    """Print how far the model's actions and others are from those that were recorded."""
+    spec, _ = codec.specs()
+    errors = {name: action_error(guess, actions, mask, spec) for name, guess in guesses.items()}
     console = Console()
-    table = Table(title=f"Mean absolute action error, robot units, {len(rows)} frames of held-out episodes")
+    table = Table(title=f"Mean absolute action error, robot units, {len(actions)} frames of held-out episodes")
     table.add_column("")
     for group in errors[demo.title]:
         table.add_column(group.removeprefix("action_error").strip("_") or "all", justify="right")
@@ -134,26 +155,17 @@ def evaluate(demo, output):
     ratios = [errors[demo.title]["action_error"] / errors[name]["action_error"] for name in (MEAN, LAST)]
     console.print(
         f"The model's error is {ratios[0]:.2f} times the mean action's and {ratios[1]:.2f} times the last action's.",
-        MEANING.format(sees=demo.sees, chunk_size=processor.action_codec.chunk_size),
+        MEANING.format(sees=demo.sees, chunk_size=codec.chunk_size),
         sep="\n",
         highlight=False,
     )
 
-    each = (np.abs(chunks - actions).mean(-1) * mask).sum(-1) / mask.sum(-1)
-    middle = np.argsort(each)[len(rows) // 2]
-    words = None
-    if said:
-        recorded = dataset.texts(data.reasoning)
-        compare_words(said, recorded, rows, train_set.indices, dataset.column("task_index"))
-        words = said[middle], recorded[rows[middle]]
-    show(dataset[rows[middle]], chunks[middle], actions[middle], words, processor, output)
 
-
-def compare_words(said, recorded, rows, train_rows, tasks):
+def compare_words(said, texts, rows, train_rows, tasks):
     """Print how often the model says what was recorded, beside a guess without looking."""
-    frequent = {task: Counter(recorded[row] for row in train_rows if tasks[row] == task) for task in set(tasks[rows])}
+    frequent = {task: Counter(texts[row] for row in train_rows if tasks[row] == task) for task in set(tasks[rows])}
     guesses = [frequent[task].most_common(1)[0][0] for task in tasks[rows]]
-    right, guessed = (np.mean(words == recorded[rows]) for words in (said, guesses))
+    right, guessed = (np.mean(words == texts[rows]) for words in (said, guesses))
     Console().print(
         f"It says what was recorded on {right:.0%} of these frames; to say always what is most frequent with the "
         f"instruction would be right on {guessed:.0%}.\n",
@@ -161,14 +173,14 @@ def compare_words(said, recorded, rows, train_rows, tasks):
     )
 
 
-def show(item, chunk, recorded, words, processor, output):
+def show(item, chunk, actions, words, processor, output):
     """Print and draw a prediction, and say how to get it on the command line."""
     console, (spec, state_spec) = Console(), processor.action_codec.specs()
     place = f"episode {int(item['episode_index'])}, frame {int(item['frame_index'])}, of median error: {item['task']}"
     titles = [f"Predicted for {place}", "Recorded there"]
     if words is not None:
         titles = [f"{title}\nin words: {text!r}" for title, text in zip(titles, words, strict=True)]
-    console.print(chunk_table(chunk, spec, title=titles[0]), chunk_table(recorded, spec, title=titles[1]))
+    console.print(chunk_table(chunk, spec, title=titles[0]), chunk_table(actions, spec, title=titles[1]))
     names, frames, options = [camera.name for camera in processor.camera_specs()], [], ""
     for name in names:
         pixels = item[f"observation.images.{name}"].permute(1, 2, 0).numpy()
@@ -195,13 +207,14 @@ def main():
     parser.add_argument("--steps", type=int, help="training steps (default: the model's)")
     parser.add_argument("--seconds", type=float, default=175, help="longest training (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder (default: the model's)")
+    parser.add_argument("--frames", type=int, help="to evaluate on (default: all of the held-out episodes)")
     parser.add_argument("--evaluate", action="store_true", help="only evaluate what an earlier run saved")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     demo = DEMOS[arguments.model]
     output = arguments.output or Path(demo.output)
     if arguments.evaluate:
-        return evaluate(demo, output)
+        return evaluate(demo, output, arguments.frames)
 
     # This small, a second thread gains a third, and where another program needs its core the two wait for each other.
     torch.set_num_threads(1)
@@ -212,6 +225,7 @@ def main():
     train(recipe, callbacks=[TimeLimit(arguments.seconds)])
     print(f"Trained and saved in {time.perf_counter() - start:.0f} s. The rest in a fresh process.", flush=True)
     command = [sys.executable, __file__, "--model", arguments.model, "--evaluate", "--output", output]
+    command += ["--frames", str(arguments.frames)] if arguments.frames else []
     subprocess.run(command, check=True)
     print(f"The demo took {time.perf_counter() - start:.0f} s.")
 

@@ -21,6 +21,7 @@ def rows(output):
 
 def test_a_quick_run_tells_what_reasoning_costs(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark_reasoning.py", "--quick"])
+    monkeypatch.setattr(benchmark, "SAMPLE_SECONDS", 0.0)
     threads = torch.get_num_threads()
     try:
         benchmark.main()
@@ -28,12 +29,18 @@ def test_a_quick_run_tells_what_reasoning_costs(monkeypatch, capsys):
         torch.set_num_threads(threads)
     output = capsys.readouterr().out
     assert f"torch {torch.__version__}" in output and f"57 prompt tokens, {TOKENS} reasoning tokens" in output
-    floor = re.search(r"prompt ([\d.]+) ms, a step ([\d.]+) ms, head ([\d.]+) ms", output)
-    prompt, step, head = map(float, floor.groups())
+    floor = re.search(
+        r"prompt ([\d.]+) ms, with a reasoning ([\d.]+) ms, a step ([\d.]+) ms, head ([\d.]+) ms", output
+    )
+    prompt, recalled, step, head = map(float, floor.groups())
     table = rows(output)
-    ways = ("before every chunk", "before every 2nd", "before every 4th", "before every 8th", "never: it is given")
-    floors = [prompt + TOKENS * step * share + head for share in (1, 1 / 2, 1 / 4, 1 / 8, 0)]
-    assert [float(table[name][2]) for name in ways] == pytest.approx(floors, abs=0.2)
+    shares = {"chunk": 1, "2nd": 1 / 2, "4th": 1 / 4, "8th": 1 / 8}
+    floors = {
+        f"before every {name}": (prompt + TOKENS * step) * share + recalled * (1 - share) + head
+        for name, share in shares.items()
+    }
+    floors |= {"never: it is given": recalled + head, "never: there is none": prompt + head}
+    assert {name: float(table[name][2]) for name in floors} == pytest.approx(floors, abs=0.2)
     seconds, ratio, floor, of_floor = map(float, table["never: there is none"])
     assert ratio == pytest.approx(seconds / float(table["before every chunk"][0]), abs=0.01)
     assert of_floor == pytest.approx(seconds / floor, abs=0.01)
@@ -54,11 +61,12 @@ def test_every_way_reasons_as_often_as_its_name_says(built, monkeypatch):
         return encoding, ids
 
     monkeypatch.setattr(model, "reason", counted)
-    for name, (act, count, reasoned) in benchmark.ways_to_act(*built).items():
+    for name, (act, count, reasoned, recalled) in benchmark.ways_to_act(*built).items():
         lengths.clear()
         act()
         said = [length for length in lengths if length]
-        assert said == [TOKENS] * reasoned and (count == 1 or name.startswith(f"before every {count}")), name
+        assert said == [TOKENS] * reasoned and len(lengths) == count - recalled, name
+        assert count == 1 or name.startswith(f"before every {count}")
 
 
 def test_a_given_reasoning_is_as_long_as_the_models_own(built, monkeypatch):
@@ -74,5 +82,5 @@ def test_reasoning_rarely_saves_time():
     model, processor, observation = benchmark.build("tiny", 32, "cpu")
     ways = benchmark.ways_to_act(model, processor, observation)
     chosen = ways["before every chunk"], ways["before every 8th"]
-    (always, rarely), _ = benchmark.best_seconds([function for function, _, _ in chosen], 3, "cpu")
+    (always, rarely), _ = benchmark.best_seconds([way.act for way in chosen], 3, "cpu")
     assert rarely / 8 < 0.65 * always

@@ -23,9 +23,11 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_demo_trains_saves_reloads_and_predicts(model, title, pictures, tmp_path):
-    command = [sys.executable, ROOT / "scripts" / "demo.py", "--model", model, "--steps", "2", "--output", tmp_path]
+    command = [sys.executable, ROOT / "scripts" / "demo.py", "--model", model, "--output", tmp_path]
+    command += ["--steps", "2", "--frames", "24"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert "24 frames" in done.stdout
     rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in done.stdout.splitlines() if "│" in line}
     ours, mean, last = (
         [float(cell) for cell in rows[name]] for name in (title, "mean action", "last action, repeated")
