@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -338,10 +340,26 @@ def test_launched_as_the_readme_says(make_recipe, tmp_path, demos, launcher):
         "accelerate launch": ["accelerate.commands.launch"],
         "two processes": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
     }
+    if launcher == "two processes":  # of each two evaluation batches, one says nothing
+        demos = shutil.copytree(demos, tmp_path / "data" / "robosuite_demos")
+        file = demos / "data" / "chunk-000" / "file-000.parquet"
+        table = pq.read_table(file)
+        place, frames = table.schema.get_field_index("subtask_index"), table["frame_index"].to_numpy()
+        said = np.where(frames // 2 % 2 == 0, table["subtask_index"].to_numpy(), -1)
+        pq.write_table(
+            table.set_column(place, table.schema.field(place), pa.array(said, table.schema.types[place])), file
+        )
     # Two processes agree on the gradients of a checkpointed backbone, some of whose weights have none.
     recipe, more = {
         "accelerate launch": ("spatialvla_tiny", []),
-        "two processes": ("divla_tiny", ["--training.activation_checkpointing=true", "--training.logging_steps=2"]),
+        "two processes": (
+            "divla_tiny",
+            [
+                "--training.activation_checkpointing=true",
+                "--training.logging_steps=2",
+                "--training.per_device_eval_batch_size=2",
+            ],
+        ),
     }[launcher]
     arguments = ["scripts/train.py", "--config", f"scripts/recipes/{recipe}.yaml", f"--data.source={demos}", *more]
     arguments += ["--training.max_steps", "2", f"--training.output_dir={tmp_path}", "--data.eval_episodes=[3]"]

@@ -1,6 +1,7 @@
 """The trainer with a model that reasons: parts of its loss, texts from a column, resuming."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.data import Subset
 import hf_vla  # noqa: F401
 from hf_vla.data.collator import VLACollator
 from hf_vla.training.builders.registry import build
-from hf_vla.training.trainer import VLATrainer, open_dataset, train
+from hf_vla.training.trainer import VLATrainer, _own_words, open_dataset, train
 
 PARTS = ["diffusion_loss", "ntp_loss", "reconstruction_loss"]
 # latents that hold less than actions do have a loss of their own, and a column holds what is said
@@ -31,7 +32,7 @@ def run(make_recipe, tmp_path_factory):
     options |= {"data__eval_episodes": [3], "training__per_device_eval_batch_size": 16}
 
     def recipe(folder, **overrides):
-        return make_recipe(folder, "divla_latent_tiny", **LATENT, **(options | overrides))
+        return make_recipe(folder, "divla_latent_tiny", **(LATENT | options | overrides))
 
     train(recipe(folder))
     return folder, recipe
@@ -115,10 +116,126 @@ def test_a_step_of_fewer_batches_counts_as_a_step(make_recipe, tmp_path):
 
 def test_data_without_reasonings_train_the_head_alone(make_recipe, tmp_path):
     options = {"training__max_steps": 2, "training__save_strategy": "no", "data__eval_episodes": [3]}
-    train(make_recipe(tmp_path, "divla_tiny", **options, data__reasoning=None))
+    metrics = train(make_recipe(tmp_path, "divla_tiny", **options, data__reasoning=None))
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_diffusion_loss"]) and metrics["eval_ntp_loss"] == 0
     entries = [entry for entry in history(tmp_path) if "loss" in entry]
     assert [entry["ntp_loss"] for entry in entries] == [0.0, 0.0]
     assert [entry["loss"] for entry in entries] == pytest.approx([entry["diffusion_loss"] for entry in entries])
+
+
+def test_every_batch_is_evaluated_whether_it_says_something_or_not(make_recipe, tmp_path, monkeypatch):
+    options = {"training__per_device_eval_batch_size": 2, "training__eval_action_samples": 0}
+    trainer = trainer_of(make_recipe(tmp_path, "divla_tiny", **options))
+    items = [trainer.eval_dataset[row] for row in range(6)]
+    texts = ["now", "now", None, " ", "then", None]
+    trainer.eval_dataset = [item | {"subtask": text} for item, text in zip(items, texts, strict=True)]
+    seen, compute_loss = [], trainer.compute_loss
+
+    def keep(model, inputs, *args, **kwargs):
+        seen.append(("labels" in inputs, *compute_loss(model, inputs, *args, **kwargs)))
+        return seen[-1][1:]
+
+    monkeypatch.setattr(trainer, "compute_loss", keep)
+    metrics = trainer.evaluate()
+    assert [spoken for spoken, *_ in seen] == [True, False, True]
+    losses = [loss.item() for _, loss, _ in seen]
+    assert metrics["eval_loss"] == pytest.approx(sum(losses) / 3) and len(set(losses)) == 3
+    ntp = [outputs["ntp_loss"].item() for *_, outputs in seen]
+    assert metrics["eval_ntp_loss"] == pytest.approx(sum(ntp) / 3) and ntp[1] == 0
+
+
+def test_parts_of_several_devices_are_averaged(make_recipe, tmp_path, monkeypatch):
+    """torch's DataParallel returns those of all devices, as a vector."""
+    trainer = trainer_of(make_recipe(tmp_path, "divla_tiny", training__max_steps=1, training__save_strategy="no"))
+    seen, forward = [], trainer.model.forward
+
+    def two_devices(**inputs):
+        output = forward(**inputs)
+        seen.append(output.diffusion_loss.item())
+        output.diffusion_loss = torch.stack([output.diffusion_loss, 3 * output.diffusion_loss])
+        return output
+
+    monkeypatch.setattr(trainer.model, "forward", two_devices)
+    trainer.train()
+    (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["diffusion_loss"] == pytest.approx(2 * seen[0])
+
+
+def test_a_second_training_logs_its_own_parts(make_recipe, tmp_path):
+    options = {"training__max_steps": 3, "training__logging_steps": 2, "training__save_strategy": "no"}
+    trainer = trainer_of(make_recipe(tmp_path, "divla_tiny", **options))
+    for _ in range(2):  # the third step of the first one is never logged
+        trainer.train()
+        (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+        assert entry["loss"] == pytest.approx(entry["diffusion_loss"] + entry["ntp_loss"], rel=1e-5)
+
+
+def test_a_new_robot_learns_under_what_the_model_says(run, make_recipe, tmp_path, caplog):
+    """Its language is frozen; no text of the data would be said when it acts."""
+    options = {"model__preset": None, "model__config": None, "model__new_embodiment": True, "data__reasoning": None}
+    options |= {"data__unnorm_key": "mine", "training__logging_steps": 2, "training__eval_action_samples": 1}
+    options |= {"data__eval_episodes": [3], "training__per_device_eval_batch_size": 64, "training__max_steps": 2}
+    folder = shutil.copytree(run[0], tmp_path / "old", ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = json.loads((folder / "config.json").read_text()) | {"max_reasoning_tokens": 6}
+    (folder / "config.json").write_text(json.dumps(config))
+    with caplog.at_level(logging.INFO):
+        train(make_recipe(tmp_path, "divla_latent_tiny", **options, model__path=str(folder)))
+    assert "The new robot learns under what the frozen model says" in caplog.text
+    entries = history(tmp_path)
+    for prefix in ("", "eval_"):
+        (entry,) = (entry for entry in entries if f"{prefix}loss" in entry)
+        assert entry[f"{prefix}ntp_loss"] > 0 and entry[f"{prefix}volume_loss"] != 0
+        parts = parts_of(entry, prefix) + entry[f"{prefix}volume_loss"]
+        assert entry[f"{prefix}loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_the_words_to_learn_under_are_those_to_act_under(make_recipe, tmp_path):
+    trainer = trainer_of(make_recipe(tmp_path, "divla_tiny", model__config__max_reasoning_tokens=35))
+    inputs = trainer.data_collator.prompts([trainer.train_dataset[row] for row in (0, 300)])["inputs"]
+    wanted = trainer.model.predict_action(**inputs).reasoning_ids
+    model, found = trainer.model.train(), _own_words(trainer.model, inputs | {"actions": None, "action_mask": None})
+    assert model.training and torch.equal(found["labels"][:, -wanted.shape[1] :], wanted)
+    prompt = found["input_ids"].shape[1] - wanted.shape[1]
+    assert (found["labels"][:, :prompt] == -100).all() and torch.equal(found["input_ids"][:, prompt:], wanted)
+
+
+def test_errors_are_those_of_actions_under_the_models_own_words(make_recipe, tmp_path, monkeypatch):
+    trainer = trainer_of(make_recipe(tmp_path, "divla_tiny", model__config__max_reasoning_tokens=35))
+    seen, predict_action = [], trainer.model.predict_action
+    monkeypatch.setattr(
+        trainer.model,
+        "predict_action",
+        lambda **inputs: seen.append((inputs, predict_action(**inputs))) or seen[-1][1],
+    )
+    trainer.action_errors(Subset(trainer.eval_dataset, [0]))
+    ((inputs, output),) = seen
+    assert "labels" not in inputs and output.reasoning_ids.shape[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model__config__use_film": False}, "the model use_film False, .*checkpoint-2 was trained with True: resume"),
+        ({"model__config__latent_dim": 5}, "the model latent_dim 5, .*checkpoint-2 was trained with 3: resume"),
+        ({"model__config__max_reasoning_tokens": 40}, "max_reasoning_tokens 40, .* was trained with 64: resume with"),
+        ({"model__config__head_config__num_inference_steps": 5}, "the model head_config {.* was trained with {"),
+        ({"data__reasoning": None}, "the model max_reasoning_tokens 0, .* was trained with 64: resume with"),
+    ],
+)
+def test_a_run_is_resumed_with_the_same_model(run, tmp_path, overrides, message):
+    shutil.copytree(run[0] / "checkpoint-2", tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=message):
+        train(run[1](tmp_path, training__resume_from_checkpoint=True, **overrides))
+
+
+@pytest.mark.parametrize("name", ["prompt_config", "embodiments"])
+def test_a_run_is_resumed_with_the_same_words_and_robots(name, run, tmp_path):
+    folder = shutil.copytree(run[0] / "checkpoint-2", tmp_path / "checkpoint-2")
+    config = json.loads((folder / "processor_config.json").read_text())
+    config[name] |= {"template": "{images}{instruction}?"} if name == "prompt_config" else {"robosuite_demos": "arm"}
+    (folder / "processor_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"The recipe gives another {name} than .*checkpoint-2"):
+        train(run[1](tmp_path, training__resume_from_checkpoint=True))
 
 
 def test_what_a_batch_says_is_the_columns_text(make_recipe, tmp_path):

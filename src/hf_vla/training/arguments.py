@@ -69,7 +69,8 @@ class ModelArguments:
         adapt_grid (`bool`): fit a checkpoint's grid anew to this dataset and move its spatial embeddings along.
         lora (`LoraArguments`, *optional*): train adapters instead of the weights.
         new_embodiment (`bool`): the dataset is of a robot that is new to a checkpoint with latent actions: what this
-            robot has of its own, named like the dataset, is added and trained, and nothing else.
+            robot has of its own, named like the dataset, is added and trained, and nothing else, under whatever the
+            checkpoint says by itself.
         head_weights (`str`, *optional*): folder of published ScaleDP weights for a new DiVLA's DiT head, see
             [`~hf_vla.models.divla.scale_dp.load_scale_dp`].
     """
@@ -169,7 +170,8 @@ class DataArguments:
         chunk_size (`int`): actions that one prediction holds.
         eval_episodes (`list[int]`): episodes kept from training, for evaluation.
         reasoning (`str`, *optional*): column of texts that the model is to say before it acts, "subtask" for example;
-            a row without one trains the action head alone. By default nothing is said.
+            a row without one trains the action head alone. By default nothing is said; a model that would still say
+            something from its own training is made to act without a word, unless `model.new_embodiment` freezes it.
         camera_dropout (`float`): probability, below 1, with which each of several cameras is withheld from a training
             sample, though never all of them: so a model learns to act when one is missing.
     """

@@ -46,7 +46,8 @@ PUBLISHED = {
         dropout=0.05,
         targets="all-linear",  # of vision tower and language model: peft spares the language head, and what is in full
         excluded=rf"(.*\.)?({'|'.join(PROJECTORS)})(\..*)?",  # stays frozen
-        # the parts of `film`, since peft would also find another "film" in it
+        # the parts of `film`, since peft would also find another "film" in it; all robots, though one dataset trains
+        # one: the others are saved along, as they were
         in_full=("action_head", "prompt_proj", "reasoning_proj", "film.film", "embodiments"),
     ),
     "spatialvla": LoraRecipe(

@@ -4,19 +4,21 @@ import inspect
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
-from transformers import AutoProcessor, Trainer, TrainerCallback, set_seed
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_vla.actions.spec import ActionSpec
 from hf_vla.data import schema
 from hf_vla.data.collator import VLACollator
 from hf_vla.data.lerobot import LeRobotEpisodes, local_folder
+from hf_vla.models.divla.encoding import append
 from hf_vla.training.arguments import DataArguments, Recipe
 from hf_vla.training.builders.registry import build
 from hf_vla.training.callbacks import SeedOfProcess
@@ -34,15 +36,29 @@ class VLATrainer(Trainer):
 
     Args:
         camera_dropout (`float`): of training batches, see [`~hf_vla.data.collator.VLACollator`].
+        own_words (`bool`): learn under the reasonings that the model itself says, as it acts under them: of a DiVLA
+            whose language is frozen. Each step then waits for them.
         args, kwargs: see [`~transformers.Trainer`].
     """
 
-    def __init__(self, *args, camera_dropout: float = 0.0, **kwargs):
+    def __init__(self, *args, camera_dropout: float = 0.0, own_words: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
-        self.camera_dropout = camera_dropout
+        self.camera_dropout, self.own_words = camera_dropout, own_words
         self._loss_parts, self._num_steps, self._eval_loss_parts = {}, 0.0, {}
-        # The Trainer evaluates the loss of batches with labels only, and looks for arguments called so.
-        self.label_names = self.label_names or ["actions"]
+        # The Trainer evaluates the loss of batches that have these only, and looks for arguments called labels, which
+        # are missing where a model of actions says nothing.
+        if "actions" in inspect.signature(self._bare(self.model).forward).parameters:
+            self.label_names = ["actions"]
+
+    def _bare(self, model):
+        """The model of ours within whatever wraps it."""
+        model = self.accelerator.unwrap_model(model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def train(self, *args, **kwargs):
+        """Train, and forget what an earlier training has left unlogged."""
+        self._loss_parts, self._num_steps = {}, 0.0
+        return super().train(*args, **kwargs)
 
     def get_train_dataloader(self):
         """Return the Trainer's, whose batches alone withhold cameras."""
@@ -75,12 +91,14 @@ class VLATrainer(Trainer):
 
         The loss has logits of its own; all others would only fill the memory.
         """
-        base = self.accelerator.unwrap_model(model)
-        base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        base = self._bare(model)
+        if self.own_words:
+            inputs = {**inputs, **_own_words(base, inputs)}
         if "logits_to_keep" in inspect.signature(base.forward).parameters:
             inputs = {**inputs, "logits_to_keep": 1}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        parts = {name: part.detach().float() for name, part in outputs.items() if name.endswith("_loss")}
+        # each process or, within one, each device of several has its own
+        parts = {name: part.detach().float().mean() for name, part in outputs.items() if name.endswith("_loss")}
         if model.training:  # weighted as the Trainer weights the loss: batches of a step, then steps
             share = 1 / self.current_gradient_accumulation_steps
             self._num_steps += share
@@ -210,11 +228,13 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         eval_dataset=eval_set,
         processing_class=processor,
         camera_dropout=data.camera_dropout,
+        own_words=recipe.model.new_embodiment and model.config.max_reasoning_tokens > 0,
         callbacks=[SeedOfProcess(), *callbacks],
     )
     checkpoint = checkpoint_to_resume(recipe.training)
     if checkpoint is not None:
         check_same_robot(checkpoint, processor)
+        check_same_model(checkpoint, model.config)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if eval_set is not None:
         metrics = trainer.evaluate()
@@ -293,7 +313,7 @@ def check_same_robot(checkpoint: str, processor) -> None:
     """Check that a checkpoint's weights learnt the tokens and units of the processor they would go on with.
 
     Raises:
-        ValueError: specs, statistics, grid, chunk size or camera differ.
+        ValueError: specs, statistics, grid, chunk size, camera, prompt or the names of robots differ.
     """
     saved = AutoProcessor.from_pretrained(checkpoint)
     names = {"side": f"the checkpoint {checkpoint}", "other_side": "the recipe"}
@@ -302,12 +322,39 @@ def check_same_robot(checkpoint: str, processor) -> None:
         for spec, other in zip(*both, strict=False):
             if spec is not None and other is not None:
                 spec.check(other, **names)
-    for name in ("statistics", "action_config", "camera_config"):
-        if getattr(saved, name) != json.loads(json.dumps(getattr(processor, name))):
+    for name in ("statistics", "action_config", "camera_config", "prompt_config", "embodiments"):
+        if getattr(saved, name, None) != json.loads(json.dumps(getattr(processor, name, None))):
             raise ValueError(
                 f"The recipe gives another {name} than {checkpoint} was trained with, so its weights would mean other "
-                "actions. Resume with the dataset, split, grid and chunk size of that run, or start a new run."
+                "actions. Resume with the dataset, split, grid, chunk size and prompt of that run, or start a new run."
             )
+
+
+def check_same_model(checkpoint: str, config) -> None:
+    """Check that a checkpoint's weights are those of the model that would go on with them.
+
+    Raises:
+        ValueError: a field of the family's own differs.
+    """
+    inherited = {field.name for field in fields(PreTrainedConfig)} | set(config.sub_configs)
+    both = [json.loads(each.to_json_string(False)) for each in (AutoConfig.from_pretrained(checkpoint), config)]
+    for name in (field.name for field in fields(config) if field.name not in inherited):
+        saved, given = (each.get(name) for each in both)
+        if saved != given:
+            raise ValueError(
+                f"The recipe gives the model {name} {given!r}, {checkpoint} was trained with {saved!r}: resume with "
+                "the model and data of that run, or start a new run."
+            )
+
+
+def _own_words(model, inputs) -> dict[str, torch.Tensor]:
+    """A batch's prompts with what a model says behind them, and its labels."""
+    mode = model.training
+    others = ("actions", "action_mask", "state", "embodiment")
+    _, said = model.eval().reason(**{name: value for name, value in inputs.items() if name not in others})
+    model.train(mode)
+    extended = append(model.config, inputs["input_ids"], inputs.get("attention_mask"), said)
+    return dict(zip(("input_ids", "attention_mask", "labels"), extended, strict=True))
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Subset
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 import hf_vla  # noqa: F401
 from hf_vla.actions.heads.registry import build_action_head
+from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.models.divla.modeling_divla import DiVLAForActionPrediction
 from hf_vla.policy import Policy
+from hf_vla.training.arguments import ModelArguments
+from hf_vla.training.builders.base import dataset_facts
+from hf_vla.training.builders.divla import build_divla
 from hf_vla.training.builders.registry import build
 from hf_vla.training.trainer import open_dataset, train
 
@@ -55,7 +60,7 @@ def test_a_new_model_is_for_the_datasets_robot(divla, make_recipe, tmp_path):
         make(make_recipe(tmp_path, "divla_tiny", **options))
 
 
-def test_a_new_model_for_data_without_reasonings_says_nothing(make_recipe, tmp_path, demo_item, caplog):
+def test_a_new_model_for_data_without_reasonings_says_nothing(make_recipe, tmp_path, demo_item, caplog, monkeypatch):
     with caplog.at_level(logging.INFO):
         model, processor = make(make_recipe(tmp_path, "divla_tiny", data__reasoning=None))
     assert "No data.reasoning: the model will act without a word (max_reasoning_tokens 0)." in caplog.text
@@ -65,36 +70,86 @@ def test_a_new_model_for_data_without_reasonings_says_nothing(make_recipe, tmp_p
     options = {"data__reasoning": None, "model__config__max_reasoning_tokens": 5}
     model, _ = make(make_recipe(tmp_path, "divla_tiny", **options))
     assert model.config.max_reasoning_tokens == 5
-    assert "data.reasoning names nothing to say, but the model says up to 5 tokens" in caplog.text
+    assert "No data.reasoning, so what the model will say (up to 5 tokens) is not learnt." in caplog.text
+    monkeypatch.setattr(LeRobotEpisodes, "texts", lambda self, name: np.full(len(self), " ", object))
+    with caplog.at_level(logging.INFO):
+        model, _ = make(make_recipe(tmp_path, "divla_tiny"))
+    assert model.config.max_reasoning_tokens == 0
+    assert "The column data.reasoning is blank: the model will act without a word" in caplog.text
 
 
-def test_reasonings_must_be_texts_of_the_dataset_and_short_enough(divla, make_recipe, tmp_path, caplog):
+def changed(folder, name, new):
+    """Change entries of a saved configuration."""
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | new))
+    return folder
+
+
+def test_reasonings_must_be_texts_of_the_dataset_and_short_enough(make_recipe, tmp_path):
     with pytest.raises(ValueError, match="no text 'thought'"):
         make(make_recipe(tmp_path, "divla_tiny", data__reasoning="thought"))
     longest = len("reach for the red cubeNext action:") + 1
     make(make_recipe(tmp_path, "divla_tiny", model__config__max_reasoning_tokens=longest))
     with pytest.raises(ValueError, match=f"may say 34 tokens, .* has {longest} .*'reach for.*tokens to {longest} or"):
         make(make_recipe(tmp_path, "divla_tiny", model__config__max_reasoning_tokens=34))
-    folder = shutil.copytree(divla, tmp_path / "short")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_reasoning_tokens": 34}))
-    make(make_recipe(tmp_path, "divla_tiny", **CHECKPOINT, model__path=str(folder)))
-    assert "may say 34 tokens" in caplog.text and "In predictions it will be cut short" in caplog.text
+
+
+@pytest.mark.parametrize(("limit", "reasoning", "wanted"), [(0, "subtask", 35), (34, "subtask", 35), (34, None, 0)])
+def test_a_checkpoint_says_what_it_learns_to_the_end_or_nothing(
+    limit, reasoning, wanted, divla, make_recipe, tmp_path, caplog
+):
+    folder = changed(shutil.copytree(divla, tmp_path / "old"), "config.json", {"max_reasoning_tokens": limit})
+    options = {**CHECKPOINT, "model__path": str(folder), "data__reasoning": reasoning}
+    with caplog.at_level(logging.INFO):
+        model, processor = make(make_recipe(tmp_path, "divla_tiny", **options))
+    assert model.config.max_reasoning_tokens == wanted
+    said = f"may say {limit} tokens, the data's longest reasoning has 35" if reasoning else "No data.reasoning"
+    assert said in caplog.text
+    saved = AutoModel.from_pretrained(save((model, processor), tmp_path / "new"))
+    assert saved.config.max_reasoning_tokens == wanted
+
+
+def test_what_only_held_out_episodes_say_is_not_taught(make_recipe, tmp_path):
+    data = make_recipe(tmp_path, "divla_tiny").data
+    dataset = open_dataset(data)[0]
+    texts = dataset.texts("subtask")
+    rows = Subset(dataset, np.flatnonzero(texts == texts[0]).tolist())
+    assert len(set(texts)) > 1 and dataset_facts(data, dataset, rows).reasonings == [texts[0]]
+
+
+@pytest.mark.parametrize("source", ["preset", "backbone"])
+def test_a_new_model_is_of_the_recipes_precision(source, qwen, make_recipe, tmp_path):
+    recipe = make_recipe(tmp_path, "divla_latent_tiny")
+    dataset, train_set, _ = open_dataset(recipe.data)
+    arguments = ModelArguments(
+        "divla", **{source: "tiny" if source == "preset" else str(qwen)}, config=recipe.model.config, dtype="bfloat16"
+    )
+    model, _ = build_divla(arguments, dataset_facts(recipe.data, dataset, train_set))
+    assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
+
+
+def test_the_end_of_a_divlas_reasonings_stays_its_own_under_a_new_head(divla, make_recipe, tmp_path):
+    """Not its tokenizer's."""
+    folder = changed(shutil.copytree(divla, tmp_path / "other"), "config.json", {"end_token_id": 262})
+    prompt = AutoProcessor.from_pretrained(divla).prompt_config | {"answer": "{reasoning}<|vision_end|>"}
+    changed(folder, "processor_config.json", {"prompt_config": prompt})
+    model, processor = make(make_recipe(tmp_path, "divla_tiny", **CHECKPOINT, model__backbone=str(folder)))
+    assert model.config.end_token_id == processor.end_token_id == 262 != processor.tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("source", ["qwen", "divla"])
 def test_a_new_head_on_a_pretrained_backbone(source, make_recipe, tmp_path, demo_item, request, monkeypatch):
-    devices, init = [], DiVLAForActionPrediction.__init__
-    monkeypatch.setattr(
-        DiVLAForActionPrediction,
-        "__init__",
-        lambda self, config: devices.append(torch.empty(0).device.type) or init(self, config),
-    )
+    init = DiVLAForActionPrediction.__init__
+
+    def built_once(self, config, backbone=None):
+        assert backbone is not None or torch.empty(0).device.type == "meta"  # a second would take time and memory
+        init(self, config, backbone)
+
+    monkeypatch.setattr(DiVLAForActionPrediction, "__init__", built_once)
     folder = request.getfixturevalue(source)
     options = {"model__preset": None, "model__backbone": str(folder), "data__chunk_size": 8}
     options["model__config"] = {"head_config": {"type": "regression"}, "max_reasoning_tokens": 40, "latent_dim": 9}
     model, processor = make(make_recipe(tmp_path, "divla_tiny", **options))
-    assert set(devices) == {"meta"}  # a second backbone would take time and memory
     assert {each.device.type for each in model.state_dict().values()} == {"cpu"}
     pretrained = AutoModelForImageTextToText.from_pretrained(folder)
     wanted = getattr(pretrained, "backbone", pretrained).state_dict()
@@ -144,6 +199,9 @@ def test_robots_are_named_like_their_datasets(latent, make_recipe, tmp_path):
     assert processor.embodiments == {"robosuite_demos": "robosuite_demos"}
     _, processor = make(make_recipe(tmp_path, "divla_latent_tiny", data__unnorm_key="demos.v2"))
     assert processor.embodiments == {"demos.v2": "demos_v2"}
+    options = {**CHECKPOINT, "model__path": str(latent), "data__unnorm_key": "mine"}  # the same robot, other data
+    _, processor = make(make_recipe(tmp_path, "divla_latent_tiny", **options))
+    assert processor.embodiments == {"mine": "robosuite_demos"} and processor.action_codec.keys == ["mine"]
     options = {"model__config__embodiments": {"x": {"action_dim": 7, "state_dim": 8}}}
     with pytest.raises(ValueError, match="model.config.embodiments follows from the data"):
         make(make_recipe(tmp_path, "divla_latent_tiny", **options))
@@ -164,7 +222,13 @@ def test_a_new_robot_is_trained_alone_and_the_old_one_acts_as_before(latent, mak
     with pytest.raises(ValueError, match="has action_dim 7, the recipe's data have 4. .* model.new_embodiment: true"):
         make(make_recipe(tmp_path, "divla_latent_tiny", **options))
     options["model__new_embodiment"] = True
-    train(make_recipe(tmp_path, "divla_latent_tiny", **options, training__max_steps=4, training__save_steps=2))
+    steps = {"training__max_steps": 4, "training__save_steps": 2, "training__logging_steps": 1}
+    train(make_recipe(tmp_path, "divla_latent_tiny", **options, **steps))
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    parts = ("diffusion_loss", "ntp_loss", "reconstruction_loss", "volume_loss")
+    losses = [(entry["loss"], sum(entry[name] for name in parts)) for entry in log if "loss" in entry]
+    assert len(losses) == 4 and log[2]["volume_loss"] != 0
+    assert all(loss == pytest.approx(total, rel=1e-5) for loss, total in losses)
     before, after = (load_file(folder / "model.safetensors") for folder in (latent, tmp_path))
     assert {name for name in after if not name.startswith("embodiments.metaworld_demos")} == before.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -179,6 +243,12 @@ def test_a_new_robot_is_trained_alone_and_the_old_one_acts_as_before(latent, mak
     size = len(new.state_spec.names)
     assert new.predict_chunk(observation | {"observation.state": np.zeros(size)}).shape == (4, 4)
 
+    known = AutoProcessor.from_pretrained(tmp_path)
+    both = {"robosuite_demos", "metaworld_demos"}
+    for entries in (known.statistics, known.camera_config, known.action_config["specs"], known.embodiments):
+        assert entries.keys() == both
+    assert known.action_codec.specs("robosuite_demos")[0].rotation == "axis_angle"
+
     # resumed, and gone on with, as the robot that it is now known as
     again = tmp_path / "again"
     options |= {"training__max_steps": 4, "training__save_strategy": "no"}
@@ -188,16 +258,26 @@ def test_a_new_robot_is_trained_alone_and_the_old_one_acts_as_before(latent, mak
     assert all(torch.equal(value, resumed[name]) for name, value in after.items())
     options |= {"model__path": str(tmp_path), "model__new_embodiment": False}
     model, processor = make(make_recipe(again, "divla_latent_tiny", **options))
-    assert processor.embodiments == {"metaworld_demos": "metaworld_demos"}
+    for name in ("statistics", "camera_config", "action_config", "embodiments"):
+        assert getattr(processor, name) == getattr(known, name)  # of the other robot, too
     assert len(model.embodiments) == 2 and all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(ValueError, match=r"None of the checkpoint's embodiments \['metaworld_demos', 'robosuite_de"):
         make(make_recipe(again, "divla_latent_tiny", **options, data__unnorm_key="third"))
+
+    # what the checkpoint knows a dataset's robot by counts, not how the dataset is called
+    other = shutil.copytree(tmp_path, tmp_path / "other", ignore=shutil.ignore_patterns("other", "again", "check*"))
+    options |= {"model__path": str(other), "data__unnorm_key": "robosuite_demos"}
+    swapped = {"robosuite_demos": "metaworld_demos", "metaworld_demos": "robosuite_demos"}
+    changed(other, "processor_config.json", {"embodiments": swapped})
+    model, processor = make(make_recipe(again, "divla_latent_tiny", **options))
+    assert processor.embodiments == swapped and processor.action_codec.normalizer("robosuite_demos").action_dim == 4
 
 
 @pytest.mark.parametrize(
     ("source", "overrides", "message"),
     [
         ("divla", {"data__unnorm_key": "mine"}, "denoises the actions of one robot"),
+        ("latent", {"data__reasoning": "subtask"}, "divla takes no data.reasoning: .* the language is frozen"),
         ("latent", {}, "knows a dataset 'robosuite_demos' already: name yours by another data.unnorm_key"),
         ("latent", {"data__unnorm_key": "x", "data__chunk_size": 2}, "has chunk_size 4, .* have 2. Robots share"),
         ("latent", {"data__unnorm_key": "x", "data__state": None}, "has state_dim 8, .* have None. Robots share"),
@@ -205,8 +285,9 @@ def test_a_new_robot_is_trained_alone_and_the_old_one_acts_as_before(latent, mak
 )
 def test_a_new_robot_that_the_checkpoint_cannot_learn(source, overrides, message, make_recipe, tmp_path, request):
     options = {**CHECKPOINT, "model__path": str(request.getfixturevalue(source)), "model__new_embodiment": True}
+    options |= {"data__reasoning": None, **overrides}
     with pytest.raises(ValueError, match=message):
-        make(make_recipe(tmp_path, "divla_tiny", **options, **overrides))
+        make(make_recipe(tmp_path, "divla_tiny", **options))
 
 
 def test_a_head_starts_from_published_weights(make_recipe, tmp_path, caplog):

@@ -56,6 +56,18 @@ def tinyvla(make_recipe, tmp_path_factory):
         ("tinyvla_tiny", {"data__state": {"rotation": "eulr"}}, "eulr"),
         ("spatialvla_tiny", {"data__reasoning": "subtask"}, "spatialvla takes no data.reasoning: that is for divla"),
         ("tinyvla_tiny", {"data__reasoning": "subtask"}, "tinyvla takes no data.reasoning: that is for divla"),
+        (
+            "tinyvla_tiny",
+            {"model__config": None, "model__preset": None, "model__path": "/no/x"},
+            "model.path '/no/x': no",
+        ),
+        ("tinyvla_tiny", {**BACKBONE, "model__backbone": "a/b/c"}, "model.backbone 'a/b/c': no such folder"),
+        ("tinyvla_tiny", {**BACKBONE, "model__backbone": "scripts"}, "'scripts': no checkpoint in this folder"),
+        (
+            "tinyvla_tiny",
+            {**BACKBONE, "model__backbone": "scripts/recipe"},
+            "model.backbone 'scripts/recipe': no such folder. Did you mean 'scripts/recipes'?",
+        ),
         ("pi0_vla_tiny", {"model__head_weights": "x"}, "pi0_vla takes no model.head_weights: that is for divla"),
         ("divla_tiny", GRID, "divla takes no model.grid: its actions are continuous"),
         ("openvla_oft", {"data__chunk_size": 4}, "set model.config.num_readout_tokens to 28, came 56"),
@@ -63,8 +75,13 @@ def tinyvla(make_recipe, tmp_path_factory):
     ],
 )
 def test_what_a_family_cannot_do_is_an_error_that_names_it(make_recipe, tmp_path, recipe, overrides, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         make(make_recipe(tmp_path, recipe, **overrides))
+
+
+def test_a_whole_number_is_a_number(make_recipe, tmp_path):
+    model, _ = make(make_recipe(tmp_path, "divla_tiny", model__config__ntp_loss_weight=2))
+    assert model.config.ntp_loss_weight == 2.0
 
 
 def test_a_checkpoint_of_another_family_is_an_error(tinyvla, make_recipe, tmp_path):
@@ -162,15 +179,15 @@ def test_a_backbone_that_lacks_weights_is_an_error(vlm, make_recipe, tmp_path):
 
 
 def test_a_pretrained_backbone_is_built_once(vlm, small_head, make_recipe, tmp_path, monkeypatch):
-    devices, init = [], TinyVLAForActionPrediction.__init__
+    given, init = [], TinyVLAForActionPrediction.__init__
     monkeypatch.setattr(
         TinyVLAForActionPrediction,
         "__init__",
-        lambda self, config: devices.append(torch.empty(0).device.type) or init(self, config),
+        lambda self, config, backbone=None: given.append(backbone) or init(self, config, backbone),
     )
     overrides = {"model__preset": None, "model__config": small_head, "model__backbone": str(vlm)}
     model, _ = make(make_recipe(tmp_path, "tinyvla_tiny", **overrides))
-    assert devices == ["meta"] and {each.device.type for each in model.state_dict().values()} == {"cpu"}
+    assert given == [model.backbone] and {each.device.type for each in model.state_dict().values()} == {"cpu"}
 
 
 def test_another_family_is_no_backbone(tiny_checkpoint, make_recipe, tmp_path):

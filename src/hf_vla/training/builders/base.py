@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from torch.utils.data import Subset
@@ -17,6 +17,10 @@ from hf_vla.data import schema
 from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.models.base import VLAPreTrainedModel
 from hf_vla.training.arguments import CameraArguments, DataArguments, ModelArguments
+
+# as published, TinyVLA's and DiVLA's
+NORMALIZATION = {"mode": "min_max", "clip": False, "convention": "tinyvla"}
+STATE_NORMALIZATION = {"mode": "mean_std", "clip": False, "convention": "tinyvla"}
 
 
 @dataclass(frozen=True)
@@ -242,14 +246,16 @@ def config_overrides(arguments: ModelArguments, config_class, given: dict[str, A
         ValueError: `model.config` names no field of the configuration, or one that the dataset decides.
     """
     wanted = arguments.config or {}
-    known = [field.name for field in fields(config_class)]
-    for name in wanted:
+    known = {field.name: field.type for field in fields(config_class)}
+    for name, value in wanted.items():
         if name in given:
             raise ValueError(f"model.config.{name} follows from the data, {given[name]!r} here: leave it out.")
         if name not in known:
-            close = get_close_matches(name, known, n=1)
+            close = get_close_matches(name, list(known), n=1)
             hint = f"; did you mean {close[0]}?" if close else "."
             raise ValueError(f"{config_class.__name__} has no {name!r} that model.config could set{hint}")
+        if float in (known[name], *get_args(known[name])) and type(value) is int:
+            wanted = {**wanted, name: float(value)}
     return {**given, **wanted}
 
 
@@ -263,6 +269,21 @@ def refuse(family: str, reason: str, **values) -> None:
     """
     if given := [name.replace("__", ".") for name, value in values.items() if value]:
         raise ValueError(f"{family} takes no {', '.join(given)}: {reason}")
+
+
+def refuse_reasoning(family: str, arguments: ModelArguments, facts: DatasetFacts) -> None:
+    """Raise where a recipe asks a family that says nothing, and knows one robot, for what only DiVLA has.
+
+    Raises:
+        ValueError: it does.
+    """
+    refuse(
+        family,
+        "that is for divla.",
+        data__reasoning=facts.reasonings is not None,
+        model__new_embodiment=arguments.new_embodiment,
+        model__head_weights=arguments.head_weights,
+    )
 
 
 def _statistics(values: np.ndarray) -> dict[str, Any]:

@@ -5,15 +5,14 @@ import logging
 import torch
 from transformers import AutoModelForImageTextToText
 
-from hf_vla.actions.heads.networks.film import ReasoningFiLM
-from hf_vla.actions.heads.networks.latent import Embodiment
-from hf_vla.actions.heads.registry import build_action_head
 from hf_vla.models.divla.configuration_divla import EMBODIMENT_FIELDS, DiVLAConfig
 from hf_vla.models.divla.modeling_divla import DiVLAForActionPrediction
 from hf_vla.models.divla.processing_divla import DiVLAProcessor
 from hf_vla.models.divla.scale_dp import load_scale_dp
 from hf_vla.training.arguments import ModelArguments
 from hf_vla.training.builders.base import (
+    NORMALIZATION,
+    STATE_NORMALIZATION,
     DatasetFacts,
     check_sizes,
     config_overrides,
@@ -23,7 +22,6 @@ from hf_vla.training.builders.base import (
     load_checkpoint,
     refuse,
 )
-from hf_vla.training.builders.tinyvla import NORMALIZATION, STATE_NORMALIZATION  # published for both
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +33,11 @@ NEW_HEAD = "To give its vision-language model a new action head, name it as mode
 def build_divla(arguments: ModelArguments, facts: DatasetFacts):
     """Make or load a DiVLA whose processor knows the dataset's statistics, robot and cameras.
 
+    `max_reasoning_tokens` follow the data, where the recipe does not say them: enough for the longest text, or 0
+    where there is nothing to say. Only before a new robot (`model.new_embodiment`) the model speaks as it did: its
+    language is frozen, texts would teach it nothing, and the robot learns under what the model says by itself, as it
+    will act, see [`~hf_vla.training.trainer.VLATrainer`].
+
     Args:
         arguments (`ModelArguments`): the recipe's section model.
         facts (`DatasetFacts`): of the dataset.
@@ -44,7 +47,7 @@ def build_divla(arguments: ModelArguments, facts: DatasetFacts):
 
     Raises:
         ValueError: the recipe asks for what DiVLA has not, the checkpoint is for another robot, or the dataset's
-            reasonings are longer than the model's may be.
+            reasonings are longer than the recipe lets the model's be.
     """
     refuse(
         "divla",
@@ -52,13 +55,26 @@ def build_divla(arguments: ModelArguments, facts: DatasetFacts):
         model__grid=arguments.grid,
         model__adapt_grid=arguments.adapt_grid,
     )
+    if arguments.new_embodiment:
+        refuse(
+            "divla",
+            "with model.new_embodiment the language is frozen, and the robot learns under what the model says by "
+            "itself.",
+            data__reasoning=facts.reasonings is not None,
+        )
     dictionaries = continuous_dictionaries(facts, NORMALIZATION, STATE_NORMALIZATION)
-    make = _new if arguments.preset is not None else _new_head if arguments.backbone is not None else _pretrained
+    if (arguments.config or {}).get("latent_dim") is not None:
+        dictionaries["embodiments"] = {facts.unnorm_key: embodiment_name(facts.unnorm_key)}
+    makers = {"preset": _new, "backbone": _new_head, "path": _pretrained}
+    make = next(maker for source, maker in makers.items() if getattr(arguments, source) is not None)
     model, processor = make(arguments, facts, dictionaries)
     if arguments.head_weights:
         fresh = load_scale_dp(model.action_head, arguments.head_weights).fresh
         logger.info("The action head starts from %s, but for %s.", arguments.head_weights, fresh)
-    _check_reasonings(facts, model.config, processor, is_new=arguments.path is None)
+    if not arguments.new_embodiment:
+        _fit_reasonings(arguments, facts, model.config, processor)
+    elif model.config.max_reasoning_tokens > 0:
+        logger.info("The new robot learns under what the frozen model says, as it will act: each step waits for that.")
     return model, processor
 
 
@@ -68,17 +84,12 @@ def embodiment_name(unnorm_key: str) -> str:
 
 
 def _overrides(arguments: ModelArguments, facts: DatasetFacts, dictionaries):
-    """Fields of a new model's configuration; with latents, the dictionaries learn the dataset's robot."""
-    given, wanted = dict(facts.sizes), arguments.config or {}
-    if wanted.get("latent_dim") is not None:
-        name = embodiment_name(facts.unnorm_key)
-        given["embodiments"] = {name: {size: given[size] for size in EMBODIMENT_FIELDS}}
-        dictionaries["embodiments"] = {facts.unnorm_key: name}
-    overrides = config_overrides(arguments, DiVLAConfig, given)
-    if not facts.reasonings and "max_reasoning_tokens" not in wanted:
-        logger.info("No data.reasoning: the model will act without a word (max_reasoning_tokens 0).")
-        overrides["max_reasoning_tokens"] = 0
-    return overrides
+    """Fields of a new model's configuration."""
+    given = dict(facts.sizes)
+    if "embodiments" in dictionaries:
+        sizes = {size: given[size] for size in EMBODIMENT_FIELDS}
+        given["embodiments"] = {name: sizes for name in dictionaries["embodiments"].values()}
+    return config_overrides(arguments, DiVLAConfig, given)
 
 
 def _new(arguments: ModelArguments, facts: DatasetFacts, dictionaries):
@@ -94,17 +105,7 @@ def _new_head(arguments: ModelArguments, facts: DatasetFacts, dictionaries):
     backbone, parts = load_backbone(arguments, AutoModelForImageTextToText, DiVLAForActionPrediction)
     end = parts.end_token_id if isinstance(parts, DiVLAProcessor) else parts.tokenizer.eos_token_id
     config = DiVLAConfig(**{"backbone_config": backbone.config, "end_token_id": end, **overrides})
-    with torch.device("meta"):  # a second backbone would take time and memory
-        model = DiVLAForActionPrediction(config)
-    hidden_size, latent_dim, state_dim = config.get_text_config().hidden_size, config.latent_dim, config.state_dim
-    model.film = ReasoningFiLM(hidden_size) if config.use_film else None
-    model.action_head = build_action_head(
-        config.head_config, hidden_size, latent_dim or config.action_dim, config.chunk_size, state_dim
-    )
-    for name, sizes in (config.embodiments or {}).items():
-        model.embodiments[name] = Embodiment(**sizes, latent_dim=latent_dim, shared_state_dim=state_dim)
-    model.backbone = backbone
-    model.to(getattr(torch, arguments.dtype))
+    model = DiVLAForActionPrediction(config, backbone)
     return model, DiVLAProcessor.from_backbone(parts, config, **dictionaries, prompt_config=arguments.prompt_config)
 
 
@@ -113,17 +114,21 @@ def _pretrained(arguments: ModelArguments, facts: DatasetFacts, dictionaries):
     model, pretrained = load_checkpoint(arguments.path, arguments.dtype)
     keep_normalization(dictionaries, pretrained)
     own, wanted, hint = {name: getattr(model.config, name) for name in facts.sizes}, facts.sizes, NEW_HEAD
+    robots, robot = {}, None
+    if model.config.embodiments:
+        robots = {key: _known_robot(model.config, pretrained, key) for key in pretrained.action_codec.keys}
     if arguments.new_embodiment:
         wanted, hint = {"chunk_size": facts.chunk_size}, SHARED
         if own["state_dim"] is None or facts.state_spec is None:
             wanted["state_dim"] = facts.sizes["state_dim"]
     elif model.config.embodiments:
-        name, hint = _known_robot(model.config, pretrained, facts.unnorm_key), NEW_ROBOT
-        own |= model.config.embodiments[name]
-        dictionaries["embodiments"] = {facts.unnorm_key: name}
+        robot, hint = _known_robot(model.config, pretrained, facts.unnorm_key), NEW_ROBOT
+        own |= model.config.embodiments[robot]
     check_sizes(arguments.path, own, wanted, hint)
     if arguments.new_embodiment:
-        _add_robot(model, pretrained, facts, dictionaries)
+        robot = _add_robot(model, pretrained, facts)
+    if robot is not None:
+        _keep_others(pretrained, robots, facts, robot, dictionaries)
     return model, DiVLAProcessor(
         pretrained.image_processor, pretrained.tokenizer, **dictionaries, prompt_config=pretrained.prompt_config
     )
@@ -141,40 +146,60 @@ def _known_robot(config: DiVLAConfig, pretrained: DiVLAProcessor, unnorm_key: st
     return name if name in known else next(iter(known))
 
 
-def _add_robot(model, pretrained: DiVLAProcessor, facts: DatasetFacts, dictionaries) -> None:
-    """Add a dataset's robot to a model, to train it alone; what the checkpoint knows of the others stays known."""
-    key, known = facts.unnorm_key, pretrained.action_codec.keys
-    if key in known:
+def _add_robot(model, pretrained: DiVLAProcessor, facts: DatasetFacts) -> str:
+    """Add a dataset's robot to a model, to train it alone."""
+    if facts.unnorm_key in pretrained.action_codec.keys:
         raise ValueError(
-            f"The checkpoint knows a dataset {key!r} already: name yours by another data.unnorm_key, or leave "
-            "model.new_embodiment out to go on with that robot."
+            f"The checkpoint knows a dataset {facts.unnorm_key!r} already: name yours by another data.unnorm_key, or "
+            "leave model.new_embodiment out to go on with that robot."
         )
-    name = embodiment_name(key)
-    old = {each: _known_robot(model.config, pretrained, each) for each in known} if model.config.embodiments else {}
+    name = embodiment_name(facts.unnorm_key)
     model.add_embodiment(name, facts.sizes["action_dim"], facts.sizes["state_dim"])
     model.train_embodiment(name)
+    return name
+
+
+def _keep_others(pretrained: DiVLAProcessor, robots: dict[str, str], facts: DatasetFacts, name: str, dictionaries):
+    """Keep what a checkpoint knows of its other robots; what it knew of this one is of another training."""
+    gone = {key for key, robot in robots.items() if robot == name}
     config = dictionaries["action_config"]
-    config["specs"] = ((pretrained.action_config or {}).get("specs") or {}) | config["specs"]
-    for each in ("statistics", "camera_config"):
-        dictionaries[each] = (getattr(pretrained, each) or {}) | dictionaries[each]
-    dictionaries["embodiments"] = old | {key: name}
+    known = {each: getattr(pretrained, each) or {} for each in ("statistics", "camera_config")}
+    known["specs"] = (pretrained.action_config or {}).get("specs") or {}
+    for each, entries in known.items():
+        place = config if each == "specs" else dictionaries
+        place[each] = {key: entry for key, entry in entries.items() if key not in gone} | place[each]
+    others = {key: robot for key, robot in robots.items() if key not in gone}
+    dictionaries["embodiments"] = others | {facts.unnorm_key: name}
 
 
-def _check_reasonings(facts: DatasetFacts, config: DiVLAConfig, processor: DiVLAProcessor, is_new: bool) -> None:
-    """Say before the training, not after it, that the model would not finish what it learns to say."""
-    limit = config.max_reasoning_tokens
-    if not facts.reasonings:
-        if limit > 0:
-            logger.warning("data.reasoning names nothing to say, but the model says up to %d tokens.", limit)
+def _fit_reasonings(arguments: ModelArguments, facts: DatasetFacts, config: DiVLAConfig, processor) -> None:
+    """Let a model that learns to speak say what the data teach to its end, and nothing where they teach nothing.
+
+    What the recipe says of it is kept.
+
+    Raises:
+        ValueError: the recipe's max_reasoning_tokens are too few.
+    """
+    limit, wanted = config.max_reasoning_tokens, (arguments.config or {}).get("max_reasoning_tokens")
+    answers = [
+        processor.prompt_config["answer"].replace("{reasoning}", text.strip()) for text in facts.reasonings or []
+    ]
+    if not answers:
+        reason = "No data.reasoning" if facts.reasonings is None else "The column data.reasoning is blank"
+        if wanted:
+            logger.warning("%s, so what the model will say (up to %d tokens) is not learnt.", reason, limit)
+        elif limit > 0:
+            logger.info("%s: the model will act without a word (max_reasoning_tokens 0).", reason)
+            config.max_reasoning_tokens = 0
         return
-    answer = processor.prompt_config["answer"]
-    answers = [answer.replace("{reasoning}", text.strip()) for text in facts.reasonings]
     lengths = [len(ids) for ids in processor.tokenizer(answers, add_special_tokens=False)["input_ids"]]
-    if (longest := max(lengths, default=0)) > limit:
-        message = (
-            f"The model may say {limit} tokens, the data's longest reasoning has {longest} with its end: "
-            f"{answers[lengths.index(longest)]!r}"
-        )
-        if is_new:
-            raise ValueError(f"{message}. Set model.config.max_reasoning_tokens to {longest} or more.")
-        logger.warning("%s. In predictions it will be cut short.", message)
+    if (longest := max(lengths)) <= limit:
+        return
+    message = (
+        f"The model may say {limit} tokens, the data's longest reasoning has {longest} with its end: "
+        f"{answers[lengths.index(longest)]!r}"
+    )
+    if wanted is not None:
+        raise ValueError(f"{message}. Set model.config.max_reasoning_tokens to {longest} or more.")
+    logger.info("%s. From now on it may say as many.", message)
+    config.max_reasoning_tokens = longest

@@ -13,6 +13,7 @@ from hf_vla.training.builders.base import (
     keep_normalization,
     load_checkpoint,
     refuse,
+    refuse_reasoning,
 )
 
 NORMALIZATION = {"mode": "mean_std", "clip": False, "convention": "lerobot"}  # as published, actions and state alike
@@ -38,6 +39,7 @@ def build_pi0_vla(arguments: ModelArguments, facts: DatasetFacts):
         model__adapt_grid=arguments.adapt_grid,
         model__backbone=arguments.backbone,
     )
+    refuse_reasoning("pi0_vla", arguments, facts)
     dictionaries = continuous_dictionaries(facts, NORMALIZATION, NORMALIZATION)
     if arguments.path is None:
         overrides = config_overrides(arguments, PI0VLAConfig, {"chunk_size": facts.chunk_size})

@@ -1,5 +1,6 @@
 """Every family that a recipe can train, by model type."""
 
+from difflib import get_close_matches
 from pathlib import Path
 
 from torch.utils.data import Subset
@@ -7,7 +8,7 @@ from transformers import AutoConfig
 
 from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.training.arguments import ModelArguments, Recipe
-from hf_vla.training.builders.base import dataset_facts, refuse
+from hf_vla.training.builders.base import dataset_facts
 from hf_vla.training.builders.divla import build_divla
 from hf_vla.training.builders.pi0_vla import build_pi0_vla
 from hf_vla.training.builders.spatialvla import build_spatialvla
@@ -31,14 +32,6 @@ def build(recipe: Recipe, dataset: LeRobotEpisodes, train_set: Subset):
         ValueError: the family is unknown or not the checkpoint's, or recipe and dataset do not suit it.
     """
     arguments, name = recipe.model, family(recipe.model)
-    if name != "divla":
-        refuse(
-            name,
-            "that is for divla.",
-            data__reasoning=recipe.data.reasoning,
-            model__new_embodiment=arguments.new_embodiment,
-            model__head_weights=arguments.head_weights,
-        )
     model, processor = BUILDERS[name](arguments, dataset_facts(recipe.data, dataset, train_set))
     if arguments.lora is None:
         return model, processor
@@ -63,12 +56,16 @@ def family(arguments: ModelArguments) -> str:
     """Model type that the recipe trains: its checkpoint's, or what it says.
 
     Raises:
+        FileNotFoundError: a folder that is named is not there.
         ValueError: it is unknown, not the checkpoint's, or the checkpoint is an adapter.
     """
     name = arguments.family
     for source in ("path", "backbone"):
         folder = getattr(arguments, source)
-        if folder is not None and Path(folder, "adapter_config.json").is_file():
+        if folder is None:
+            continue
+        _check_folder(f"model.{source}", folder)
+        if Path(folder, "adapter_config.json").is_file():
             raise ValueError(
                 f"model.{source} {folder!r} is an adapter, which a new training would drop: resume its own run, or "
                 "merge it into its base model (PeftModel.merge_and_unload), save that with its processor and name it "
@@ -83,3 +80,18 @@ def family(arguments: ModelArguments) -> str:
     if name not in BUILDERS:
         raise ValueError(f"No recipe can train the family {name!r}; there are {sorted(BUILDERS)}.")
     return name
+
+
+def _check_folder(name: str, source: str) -> None:
+    """Say at once that a local folder is no checkpoint, rather than look for its name on the Hub."""
+    folder = Path(source)
+    if folder.is_dir():
+        if not any((folder / each).is_file() for each in ("config.json", "adapter_config.json")):
+            raise FileNotFoundError(f"{name} {source!r}: no checkpoint in this folder, it has no config.json.")
+        return
+    # Qwen/Qwen2-VL may well be meant for the Hub where a folder Qwen lies: only a near miss counts as a folder.
+    siblings = list(folder.parent.iterdir()) if len(folder.parts) > 1 and folder.parent.is_dir() else []
+    close = get_close_matches(folder.name, [each.name for each in siblings], n=1)
+    if close or source.count("/") > 1 or source.startswith((".", "/", "~")):
+        hint = f" Did you mean {str(folder.parent / close[0])!r}?" if close else ""
+        raise FileNotFoundError(f"{name} {source!r}: no such folder.{hint}")

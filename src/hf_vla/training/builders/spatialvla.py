@@ -9,7 +9,13 @@ from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
 from hf_vla.models.spatialvla.modeling_spatialvla import SpatialVLAForConditionalGeneration
 from hf_vla.models.spatialvla.processing_spatialvla import SpatialVLAProcessor
 from hf_vla.training.arguments import GridArguments, ModelArguments
-from hf_vla.training.builders.base import DatasetFacts, config_overrides, load_checkpoint, refuse
+from hf_vla.training.builders.base import (
+    DatasetFacts,
+    config_overrides,
+    load_checkpoint,
+    refuse,
+    refuse_reasoning,
+)
 
 
 def build_spatialvla(arguments: ModelArguments, facts: DatasetFacts):
@@ -27,6 +33,7 @@ def build_spatialvla(arguments: ModelArguments, facts: DatasetFacts):
     """
     spec = facts.action_spec
     refuse("spatialvla", "give model.preset or model.path.", model__backbone=arguments.backbone)
+    refuse_reasoning("spatialvla", arguments, facts)
     refuse("spatialvla", "it sees images and words alone.", data__state=facts.state_spec)
     if len(facts.cameras) != 1:
         names = [camera.name for camera in facts.cameras]

@@ -3,12 +3,13 @@
 import torch
 from transformers import AutoModel
 
-from hf_vla.actions.heads.registry import build_action_head
 from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
 from hf_vla.models.tinyvla.modeling_tinyvla import TinyVLAForActionPrediction
 from hf_vla.models.tinyvla.processing_tinyvla import TinyVLAProcessor
 from hf_vla.training.arguments import ModelArguments
 from hf_vla.training.builders.base import (
+    NORMALIZATION,
+    STATE_NORMALIZATION,
     DatasetFacts,
     check_sizes,
     config_overrides,
@@ -17,11 +18,8 @@ from hf_vla.training.builders.base import (
     load_backbone,
     load_checkpoint,
     refuse,
+    refuse_reasoning,
 )
-
-# as published
-NORMALIZATION = {"mode": "min_max", "clip": False, "convention": "tinyvla"}
-STATE_NORMALIZATION = {"mode": "mean_std", "clip": False, "convention": "tinyvla"}
 
 
 def build_tinyvla(arguments: ModelArguments, facts: DatasetFacts):
@@ -43,6 +41,7 @@ def build_tinyvla(arguments: ModelArguments, facts: DatasetFacts):
         model__grid=arguments.grid,
         model__adapt_grid=arguments.adapt_grid,
     )
+    refuse_reasoning("tinyvla", arguments, facts)
     dictionaries = continuous_dictionaries(facts, NORMALIZATION, STATE_NORMALIZATION)
     if arguments.path is not None:
         return _pretrained(arguments, facts.sizes, dictionaries)
@@ -71,11 +70,7 @@ def _new_head(arguments: ModelArguments, overrides, dictionaries):
     if size > backbone.get_input_embeddings().num_embeddings:
         backbone.resize_token_embeddings(size, mean_resizing=False)
     config = TinyVLAConfig(**{"backbone_config": backbone.config, "readout_token_id": first, **overrides})
-    with torch.device("meta"):  # a second backbone would take time and memory
-        model = TinyVLAForActionPrediction(config)
-    sizes = (config.get_text_config().hidden_size, config.action_dim, config.chunk_size, config.state_dim)
-    model.backbone = backbone
-    model.action_head = build_action_head(config.head_config, *sizes).to(getattr(torch, arguments.dtype))
+    model = TinyVLAForActionPrediction(config, backbone)
     return model, TinyVLAProcessor.from_backbone(parts, config, **dictionaries, prompt_config=arguments.prompt_config)
 
 
