@@ -5,6 +5,7 @@ Everything it makes is in outputs/demo, outputs/demo_tinyvla or outputs/demo_div
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -205,7 +206,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(DEMOS), default="spatialvla", help="default: %(default)s")
     parser.add_argument("--steps", type=int, help="training steps (default: the model's)")
-    parser.add_argument("--seconds", type=float, default=175, help="longest training (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=240, help="longest training (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder (default: the model's)")
     parser.add_argument("--frames", type=int, help="to evaluate on (default: all of the held-out episodes)")
     parser.add_argument("--evaluate", action="store_true", help="only evaluate what an earlier run saved")
@@ -223,10 +224,16 @@ def main():
     training |= {"eval_strategy": "no", "save_strategy": "no"}
     recipe = load_recipe(demo.recipe, {f"training.{name}": value for name, value in training.items()})
     train(recipe, callbacks=[TimeLimit(arguments.seconds)])
-    print(f"Trained and saved in {time.perf_counter() - start:.0f} s. The rest in a fresh process.", flush=True)
+    state = json.loads((output / "model" / "trainer_state.json").read_text())
+    steps = f"{state['global_step']} of {state['max_steps']} steps"
+    print(
+        f"Trained {steps} and saved in {time.perf_counter() - start:.0f} s. The rest in a fresh process.", flush=True
+    )
     command = [sys.executable, __file__, "--model", arguments.model, "--evaluate", "--output", output]
     command += ["--frames", str(arguments.frames)] if arguments.frames else []
     subprocess.run(command, check=True)
+    if state["global_step"] < state["max_steps"]:
+        print(f"Time was up after {steps}: all of them make a better model, see --seconds.")
     print(f"The demo took {time.perf_counter() - start:.0f} s.")
 
 
