@@ -348,3 +348,24 @@ def test_a_missing_camera_may_stand_in_front_of_the_reasoning(make_model, make_p
     again = model.predict_action(**acted)
     assert torch.equal(again.reasoning_ids, output.reasoning_ids)
     torch.testing.assert_close(again.actions, output.actions, rtol=0, atol=1e-9)
+
+
+def test_actions_may_be_learnt_under_the_models_own_words(model, make_batch):
+    """What it says is acted under, as in a prediction, and not learnt."""
+    batch = make_batch(reasoning=None)
+    spoken = model.train().with_own_words(**batch)
+    assert model.training and not model.eval().training
+    output = model(**spoken)
+    prompts = {name: batch[name] for name in batch.keys() - {"actions", "action_mask"}}
+    predicted = model.predict_action(**prompts)
+    assert torch.equal(spoken["reasoning_ids"], predicted.reasoning_ids)
+    error = (predicted.actions - batch["actions"]).square().mean()
+    assert output.ntp_loss == 0
+    torch.testing.assert_close([output.loss, output.diffusion_loss], [error, error])
+    with pytest.raises(ValueError, match="as labels to learn or as reasoning_ids, got both"):
+        model(**make_batch(), reasoning_ids=spoken["reasoning_ids"])
+
+
+def test_words_are_for_the_processor(model, prompt):
+    with pytest.raises(ValueError, match="A reasoning in words is for the processor"):
+        model.predict_action(**prompt, reasoning="lift")

@@ -31,6 +31,8 @@ from hf_vla.models.divla.configuration_divla import DiVLAConfig, check_embodimen
 from hf_vla.models.divla.encoding import Encoding, append, last_real, pad_left, reasoning_mask, without_end
 from hf_vla.models.outputs import VLAOutput
 
+TARGETS = ("actions", "action_mask", "state", "embodiment", "generator")  # what forward takes beside the prompts
+
 
 class DiVLAForActionPrediction(VLAPreTrainedModel):
     """Images, an instruction and (where the robot has one) its state in; a reasoning and a chunk of actions out.
@@ -128,7 +130,8 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
             action_dim (`int`), state_dim (`int`, *optional*): of the robot; a state of the head's own size by default.
 
         Returns:
-            [`~hf_vla.actions.heads.networks.latent.Embodiment`], untrained; see `train_embodiment`.
+            [`~hf_vla.actions.heads.networks.latent.Embodiment`], untrained; see `train_embodiment`. A processor that
+            serves it needs its dataset's statistics, cameras and specs, and the name under `embodiments`.
 
         Raises:
             ValueError: the model denoises actions themselves, or the name is taken or no name.
@@ -148,6 +151,9 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
 
     def train_embodiment(self, name: str) -> None:
         """Freeze everything but what one robot has of its own.
+
+        The frozen model reasons as it did; a robot that is to act under that is to learn under it, too, see
+        `with_own_words`, which the trainer of this library calls.
 
         Raises:
             ValueError: there is no such embodiment.
@@ -305,6 +311,7 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
         action_mask: torch.BoolTensor | None = None,
         state: torch.FloatTensor | None = None,
         embodiment: str | None = None,
+        reasoning_ids: torch.LongTensor | None = None,
         generator: torch.Generator | None = None,
         **others,
     ) -> VLAOutput:
@@ -318,6 +325,8 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
                 real; all of them by default.
             state (`torch.FloatTensor` of shape `(batch_size, state_dim)`, *optional*): normalised.
             embodiment (`str`, *optional*): whose actions these are; may be left out where the model knows one robot.
+            reasoning_ids (`torch.LongTensor` of shape `(batch_size, reasoning_length)`, *optional*): instead of
+                labels, a reasoning to act under that is not to be learnt, see `with_own_words`.
             generator (`torch.Generator`, *optional*): makes the head's noise repeatable.
 
         Returns:
@@ -327,8 +336,8 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
             and reasoning.
 
         Raises:
-            ValueError: there are no actions, the embodiment is unknown or has other sizes, or the head would learn
-                latents that its samples are clipped short of; see also `encode`.
+            ValueError: there are no actions or two reasonings, the embodiment is unknown or has other sizes, or the
+                head would learn latents that its samples are clipped short of; see also `encode`.
         """
         if actions is None:
             raise ValueError("Expected `actions` to learn from; to predict some, call predict_action.")
@@ -336,7 +345,12 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
             action_mask = torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device)
         others = self.check_inputs("forward", others, self._backbone_inputs)
         robot = self._embodiment(embodiment)
-        encoding = self.encode(input_ids, attention_mask, pixel_values, labels, **others)
+        said = labels
+        if reasoning_ids is not None:
+            if labels is not None:
+                raise ValueError("Expected one reasoning, as labels to learn or as reasoning_ids, got both.")
+            input_ids, attention_mask, said = append(self.config, input_ids, attention_mask, reasoning_ids)
+        encoding = self.encode(input_ids, attention_mask, pixel_values, said, **others)
         parts = {"ntp_loss": self._ntp_loss(encoding, labels)}
         if robot is not None:
             actions, of_decoder = self._latents(robot, actions, action_mask)
@@ -390,6 +404,21 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
         cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def with_own_words(self, **inputs) -> dict[str, torch.Tensor]:
+        """Let the model speak to a training batch, as it does before it acts.
+
+        Args:
+            inputs: of `forward`, without labels.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `inputs` and `reasoning_ids`.
+        """
+        prompts = {name: value for name, value in inputs.items() if name not in TARGETS}
+        training = self.training
+        _, reasoning_ids = self.eval().reason(**prompts)
+        self.train(training)
+        return {**inputs, "reasoning_ids": reasoning_ids}
+
     @torch.no_grad()
     def predict_action(
         self,
@@ -430,6 +459,10 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
                 reasoning_ids are not a model's, the embodiment is unknown, an argument is not for this head; or what
                 `encode` and `reason` refuse.
         """
+        if others.get("reasoning") is not None:
+            raise ValueError(
+                "A reasoning in words is for the processor: processor(images=..., text=..., reasoning=...)."
+            )
         others = self.check_inputs("predict_action", others, self._backbone_inputs)
         robot = self._embodiment(embodiment)
         choices = {"labels": labels, "reasoning_ids": reasoning_ids, "max_reasoning_tokens": max_reasoning_tokens}
@@ -460,7 +493,9 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
         actions = self.action_head.sample(
             features, mask, state, generator=generator, noise=noise, num_inference_steps=num_inference_steps
         )
-        actions = actions if robot is None else check_finite(robot.decoder(actions))
+        if robot is not None:
+            robot.decoder.check_learnt()
+            actions = check_finite(robot.decoder(actions))
         return VLAOutput(actions=actions, reasoning_ids=reasoning_ids)
 
 

@@ -151,6 +151,30 @@ def test_a_volume_costs_what_its_latents_lack():
     assert make(4, 2, trained=False).volume_loss().abs() < 1e-7
 
 
+def test_a_volume_is_not_rounded_under_autocast():
+    """In bfloat16 the determinant of a map through 0 may come out negative, and its logarithm NaN."""
+    decoder = make(7, 16, trained=False)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        left, singular, right = torch.linalg.svd(torch.randn(16, 7, generator=generator), full_matrices=False)
+        singular = 8 * singular / singular.max()
+        singular[-1] = 0.0
+        with torch.no_grad():
+            decoder.map.copy_(left * singular @ right / 4)
+        wanted = decoder.volume_loss()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(decoder.volume_loss(), wanted) and wanted.isfinite()
+
+
+@pytest.mark.parametrize(("scale", "warns"), [(1.0, False), (0.1, False), (0.04, True), (0.0, True)])
+def test_a_joint_on_its_way_through_zero_is_warned_of(scale, warns, caplog):
+    decoder = make(4, 6, trained=False)
+    with torch.no_grad():
+        decoder.map[2] *= scale
+    decoder.check_learnt()
+    assert bool(caplog.records) == warns
+
+
 @pytest.mark.parametrize(
     ("order", "signs"),
     [([0, 1, 2, 3], [1, -1, 1, 1]), ([2, 0, 3, 1], [1, 1, 1, 1]), ([1, 3, 0, 2], [-1, 1, -1, -1])],

@@ -1,8 +1,12 @@
 """A space of actions that robots share, and what each of them needs of its own to act in it."""
 
+import logging
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+logger = logging.getLogger(__name__)
 
 # An optimiser moves all weights by about its rate in a step; those of the linear map have to go all the way to -1.
 _PACE = 4.0
@@ -10,6 +14,8 @@ _PACE = 4.0
 # the density of their training times over the logarithm of signal to noise, there where the head's own doubt is: 0.03
 # to 0.09 for the published schedule and doubts of a tenth to a third.
 _VOLUME_WEIGHT, _SOFTENING = 0.05, 0.03
+# Singular value of a map below which a robot is not to be driven.
+_LEAST = 0.05
 
 
 class ActionDecoder(nn.Module):
@@ -112,10 +118,20 @@ class ActionDecoder(nn.Module):
         Returns:
             `torch.Tensor` of shape `()`: `-log det` of the map, weighted, and softened for joints to pass through 0.
         """
-        scaled = _PACE * self.map.float()
-        gram = scaled @ scaled.T if self.rest is not None else scaled.T @ scaled
-        softened = (gram + _SOFTENING * torch.eye(len(gram), device=gram.device)) / (1 + _SOFTENING)
-        return -_VOLUME_WEIGHT / self.latent_dim * torch.logdet(softened)
+        with torch.autocast(self.map.device.type, enabled=False):
+            scaled = _PACE * self.map.float()
+            gram = scaled @ scaled.T if self.rest is not None else scaled.T @ scaled
+            softened = (gram + _SOFTENING * torch.eye(len(gram), device=gram.device)) / (1 + _SOFTENING)
+            return -_VOLUME_WEIGHT / self.latent_dim * torch.logdet(softened)
+
+    def check_learnt(self) -> None:
+        """Warn where decoding would multiply what a sample is off by: a joint is on its way through 0."""
+        least = torch.linalg.svdvals(_PACE * self.map.detach().float()).min().item()
+        if least < _LEAST:
+            logger.warning(
+                "A decoder multiplies errors of its latents by up to %.3g: train this robot further before it moves.",
+                1 / max(least, 1e-12),
+            )
 
     def _couple(self, x: torch.Tensor, sign: int) -> torch.Tensor:
         even, odd = x[..., 0::2], x[..., 1::2]
