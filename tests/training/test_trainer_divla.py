@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 import hf_vla  # noqa: F401
 from hf_vla.data.collator import VLACollator
 from hf_vla.training.builders.registry import build
-from hf_vla.training.trainer import VLATrainer, _own_words, open_dataset, train
+from hf_vla.training.trainer import VLATrainer, open_dataset, train
 
 PARTS = ["diffusion_loss", "ntp_loss", "reconstruction_loss"]
 # latents that hold less than actions do have a loss of their own, and a column holds what is said
@@ -81,9 +81,10 @@ def test_resuming_equals_an_uninterrupted_run(run, tmp_path):
         assert wanted == came
 
 
-def trainer_of(recipe, rows=None):
+def trainer_of(recipe, rows=None, change=lambda model: None, **options):
     dataset, train_set, eval_set = open_dataset(recipe.data)
     model, processor = build(recipe, dataset, train_set)
+    change(model)
     return VLATrainer(
         model=model,
         args=recipe.training,
@@ -91,6 +92,7 @@ def trainer_of(recipe, rows=None):
         train_dataset=train_set if rows is None else Subset(train_set, rows),
         eval_dataset=eval_set,
         processing_class=processor,
+        **options,
     )
 
 
@@ -180,23 +182,65 @@ def test_a_new_robot_learns_under_what_the_model_says(run, make_recipe, tmp_path
     (folder / "config.json").write_text(json.dumps(config))
     with caplog.at_level(logging.INFO):
         train(make_recipe(tmp_path, "divla_latent_tiny", **options, model__path=str(folder)))
-    assert "The new robot learns under what the frozen model says" in caplog.text
+    assert "The robot learns under what the frozen model says" in caplog.text
     entries = history(tmp_path)
     for prefix in ("", "eval_"):
         (entry,) = (entry for entry in entries if f"{prefix}loss" in entry)
-        assert entry[f"{prefix}ntp_loss"] > 0 and entry[f"{prefix}volume_loss"] != 0
+        assert entry[f"{prefix}ntp_loss"] == 0 and entry[f"{prefix}volume_loss"] != 0
         parts = parts_of(entry, prefix) + entry[f"{prefix}volume_loss"]
         assert entry[f"{prefix}loss"] == pytest.approx(parts, rel=1e-5)
 
 
-def test_the_words_to_learn_under_are_those_to_act_under(make_recipe, tmp_path):
-    trainer = trainer_of(make_recipe(tmp_path, "divla_tiny", model__config__max_reasoning_tokens=35))
-    inputs = trainer.data_collator.prompts([trainer.train_dataset[row] for row in (0, 300)])["inputs"]
-    wanted = trainer.model.predict_action(**inputs).reasoning_ids
-    model, found = trainer.model.train(), _own_words(trainer.model, inputs | {"actions": None, "action_mask": None})
-    assert model.training and torch.equal(found["labels"][:, -wanted.shape[1] :], wanted)
-    prompt = found["input_ids"].shape[1] - wanted.shape[1]
-    assert (found["labels"][:, :prompt] == -100).all() and torch.equal(found["input_ids"][:, prompt:], wanted)
+def test_the_words_to_learn_under_are_those_to_act_under(make_recipe, tmp_path, monkeypatch):
+    """Of a robot that is trained alone, in training and evaluation."""
+    options = {"data__reasoning": None, "model__config__max_reasoning_tokens": 6, "training__eval_action_samples": 0}
+    options |= {"training__max_steps": 1, "training__save_strategy": "no", "training__per_device_eval_batch_size": 64}
+    recipe = make_recipe(tmp_path, "divla_latent_tiny", **options)
+    trainer = trainer_of(recipe, [0, 300], lambda model: model.train_embodiment("robosuite_demos"))
+    seen, forward = [], trainer.model.forward
+
+    def keep(**inputs):
+        seen.append((trainer.model.training, inputs))
+        return forward(**inputs)
+
+    monkeypatch.setattr(trainer.model, "forward", keep)
+    trainer.train()
+    trainer.evaluate()
+    assert [training for training, _ in seen][:2] == [True, False]
+    for _, inputs in seen[:2]:
+        prompts = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+        pictures = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_grid_thw")}
+        _, said = trainer.model.eval().reason(**prompts, **pictures)
+        assert said.shape[1] == 6 and torch.equal(inputs["reasoning_ids"], said)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "alone", "given", "wanted"),
+    [
+        ({}, True, None, True),
+        ({}, False, None, False),  # learns to speak
+        ({"model__config__max_reasoning_tokens": 0}, True, None, False),
+        ({"data__reasoning": "subtask"}, True, None, False),  # is told what to say
+        ({}, True, False, False),
+        ({}, False, True, True),
+    ],
+)
+def test_own_words_are_for_a_model_that_speaks_and_does_not_learn_to(
+    overrides, alone, given, wanted, make_recipe, tmp_path
+):
+    options = {"data__reasoning": None, "model__config__max_reasoning_tokens": 6} | overrides
+    if options["data__reasoning"]:
+        del options["model__config__max_reasoning_tokens"]
+    recipe = make_recipe(tmp_path, "divla_latent_tiny", **options)
+    change = (lambda model: model.train_embodiment("robosuite_demos")) if alone else (lambda model: None)
+    assert trainer_of(recipe, change=change, own_words=given).own_words is wanted
+
+
+def test_a_model_without_words_has_none_of_its_own(make_recipe, tmp_path):
+    recipe = make_recipe(tmp_path, "tinyvla_tiny")
+    assert trainer_of(recipe).own_words is False
+    with pytest.raises(ValueError, match="TinyVLA.* says nothing by itself: leave own_words out"):
+        trainer_of(recipe, own_words=True)
 
 
 def test_errors_are_those_of_actions_under_the_models_own_words(make_recipe, tmp_path, monkeypatch):

@@ -70,7 +70,8 @@ class ModelArguments:
         lora (`LoraArguments`, *optional*): train adapters instead of the weights.
         new_embodiment (`bool`): the dataset is of a robot that is new to a checkpoint with latent actions: what this
             robot has of its own, named like the dataset, is added and trained, and nothing else, under whatever the
-            checkpoint says by itself.
+            checkpoint says by itself. A robot that the checkpoint knows by that name is not added, but goes
+            on learning, alone as well, with the statistics of this dataset.
         head_weights (`str`, *optional*): folder of published ScaleDP weights for a new DiVLA's DiT head, see
             [`~hf_vla.models.divla.scale_dp.load_scale_dp`].
     """

@@ -18,7 +18,6 @@ from hf_vla.actions.spec import ActionSpec
 from hf_vla.data import schema
 from hf_vla.data.collator import VLACollator
 from hf_vla.data.lerobot import LeRobotEpisodes, local_folder
-from hf_vla.models.divla.encoding import append
 from hf_vla.training.arguments import DataArguments, Recipe
 from hf_vla.training.builders.registry import build
 from hf_vla.training.callbacks import SeedOfProcess
@@ -36,19 +35,34 @@ class VLATrainer(Trainer):
 
     Args:
         camera_dropout (`float`): of training batches, see [`~hf_vla.data.collator.VLACollator`].
-        own_words (`bool`): learn under the reasonings that the model itself says, as it acts under them: of a DiVLA
-            whose language is frozen. Each step then waits for them.
+        own_words (`bool`, *optional*): learn under the reasonings that the model itself says, as it acts under them.
+            Each step then waits for them. By default so with a model that says some, has a frozen backbone (after
+            `train_embodiment`, for example) and a collator that gives it none.
         args, kwargs: see [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: `own_words` is True and the model has no words.
     """
 
-    def __init__(self, *args, camera_dropout: float = 0.0, own_words: bool = False, **kwargs):
+    def __init__(self, *args, camera_dropout: float = 0.0, own_words: bool | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.camera_dropout, self.own_words = camera_dropout, own_words
+        self.camera_dropout, self.own_words = camera_dropout, self._under_own_words(own_words)
         self._loss_parts, self._num_steps, self._eval_loss_parts = {}, 0.0, {}
         # The Trainer evaluates the loss of batches that have these only, and looks for arguments called labels, which
         # are missing where a model of actions says nothing.
         if "actions" in inspect.signature(self._bare(self.model).forward).parameters:
             self.label_names = ["actions"]
+
+    def _under_own_words(self, wanted):
+        model = self._bare(self.model)
+        speaks = hasattr(model, "with_own_words")
+        if wanted and not speaks:
+            raise ValueError(f"A {type(model).__name__} says nothing by itself: leave own_words out.")
+        if wanted is not None or not speaks:
+            return bool(wanted)
+        frozen = not any(parameter.requires_grad for parameter in model.backbone.parameters())
+        told = getattr(self.data_collator, "reasoning", None) is not None
+        return frozen and not told and model.config.max_reasoning_tokens > 0
 
     def _bare(self, model):
         """The model of ours within whatever wraps it."""
@@ -93,7 +107,7 @@ class VLATrainer(Trainer):
         """
         base = self._bare(model)
         if self.own_words:
-            inputs = {**inputs, **_own_words(base, inputs)}
+            inputs = base.with_own_words(**inputs)
         if "logits_to_keep" in inspect.signature(base.forward).parameters:
             inputs = {**inputs, "logits_to_keep": 1}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -228,7 +242,6 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         eval_dataset=eval_set,
         processing_class=processor,
         camera_dropout=data.camera_dropout,
-        own_words=recipe.model.new_embodiment and model.config.max_reasoning_tokens > 0,
         callbacks=[SeedOfProcess(), *callbacks],
     )
     checkpoint = checkpoint_to_resume(recipe.training)
@@ -345,16 +358,6 @@ def check_same_model(checkpoint: str, config) -> None:
                 f"The recipe gives the model {name} {given!r}, {checkpoint} was trained with {saved!r}: resume with "
                 "the model and data of that run, or start a new run."
             )
-
-
-def _own_words(model, inputs) -> dict[str, torch.Tensor]:
-    """A batch's prompts with what a model says behind them, and its labels."""
-    mode = model.training
-    others = ("actions", "action_mask", "state", "embodiment")
-    _, said = model.eval().reason(**{name: value for name, value in inputs.items() if name not in others})
-    model.train(mode)
-    extended = append(model.config, inputs["input_ids"], inputs.get("attention_mask"), said)
-    return dict(zip(("input_ids", "attention_mask", "labels"), extended, strict=True))
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -202,6 +202,8 @@ def test_robots_are_named_like_their_datasets(latent, make_recipe, tmp_path):
     options = {**CHECKPOINT, "model__path": str(latent), "data__unnorm_key": "mine"}  # the same robot, other data
     _, processor = make(make_recipe(tmp_path, "divla_latent_tiny", **options))
     assert processor.embodiments == {"mine": "robosuite_demos"} and processor.action_codec.keys == ["mine"]
+    model, _ = make(make_recipe(tmp_path, "divla_latent_tiny", **options, data__reasoning=None))
+    assert model.config.max_reasoning_tokens == 0  # no other robot acts under words
     options = {"model__config__embodiments": {"x": {"action_dim": 7, "state_dim": 8}}}
     with pytest.raises(ValueError, match="model.config.embodiments follows from the data"):
         make(make_recipe(tmp_path, "divla_latent_tiny", **options))
@@ -257,6 +259,9 @@ def test_a_new_robot_is_trained_alone_and_the_old_one_acts_as_before(latent, mak
     resumed = load_file(again / "model.safetensors")
     assert all(torch.equal(value, resumed[name]) for name, value in after.items())
     options |= {"model__path": str(tmp_path), "model__new_embodiment": False}
+    with pytest.raises(ValueError, match="No data.reasoning, .*'robosuite_demos'. act under what it says: give data"):
+        make(make_recipe(again, "divla_latent_tiny", **options))
+    changed(tmp_path, "config.json", {"max_reasoning_tokens": 0})
     model, processor = make(make_recipe(again, "divla_latent_tiny", **options))
     for name in ("statistics", "camera_config", "action_config", "embodiments"):
         assert getattr(processor, name) == getattr(known, name)  # of the other robot, too
@@ -274,11 +279,59 @@ def test_a_new_robot_is_trained_alone_and_the_old_one_acts_as_before(latent, mak
 
 
 @pytest.mark.parametrize(
+    ("known_as", "key"), [("robosuite_demos", "robosuite_demos"), ("mine", "mine"), ("mine", "robosuite_demos")]
+)
+def test_a_known_robot_goes_on_alone(known_as, key, latent, make_recipe, tmp_path, caplog):
+    """Known by the name of its dataset, or by its own."""
+    options = {**CHECKPOINT, "model__path": str(latent), "data__unnorm_key": known_as}
+    folder = save(make(make_recipe(tmp_path, "divla_latent_tiny", **options)), tmp_path / "old")
+    options |= {"model__path": str(folder), "data__unnorm_key": key}
+    options |= {"model__new_embodiment": True, "data__reasoning": None}
+    with caplog.at_level(logging.INFO):
+        model, processor = make(make_recipe(tmp_path, "divla_latent_tiny", **options, data__eval_episodes=[3]))
+    assert "knows this robot as 'robosuite_demos': it is trained further, alone." in caplog.text
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all(name.startswith("embodiments.robosuite_demos.") for name in trained)
+    assert list(model.embodiments) == ["robosuite_demos"] and model.config.max_reasoning_tokens == 64
+    assert processor.embodiments == {key: "robosuite_demos"}
+    saved = load_file(folder / "model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items() if name in saved)
+    before = AutoProcessor.from_pretrained(latent)
+    assert processor.action_config["normalization"] == before.action_config["normalization"]
+    assert processor.statistics.keys() == {key}  # of the dataset of now
+    assert processor.statistics[key] != before.statistics["robosuite_demos"]
+
+
+def test_frames_without_a_text_are_counted(make_recipe, tmp_path, caplog, monkeypatch):
+    make(make_recipe(tmp_path, "divla_tiny"))
+    assert "have no text" not in caplog.text
+    texts = LeRobotEpisodes.texts
+
+    def partly(self, name):
+        column = texts(self, name).copy()
+        column[::4], column[1::4] = None, " "
+        return column
+
+    monkeypatch.setattr(LeRobotEpisodes, "texts", partly)
+    dataset, train_set, _ = open_dataset(make_recipe(tmp_path, "divla_tiny").data)
+    rows = Subset(dataset, list(range(2, 10)))  # of them 8 and 4, 9 and 5 have none
+    assert dataset_facts(make_recipe(tmp_path, "divla_tiny").data, dataset, rows).without_text == 0.5
+    make(make_recipe(tmp_path, "divla_tiny", data__eval_episodes=[]))
+    (message,) = (record.getMessage() for record in caplog.records if "no text" in record.getMessage())
+    assert message.startswith("50 % of the frames have no text: their actions are learnt without words, but")
+
+
+@pytest.mark.parametrize(
     ("source", "overrides", "message"),
     [
         ("divla", {"data__unnorm_key": "mine"}, "denoises the actions of one robot"),
         ("latent", {"data__reasoning": "subtask"}, "divla takes no data.reasoning: .* the language is frozen"),
-        ("latent", {}, "knows a dataset 'robosuite_demos' already: name yours by another data.unnorm_key"),
+        ("divla", {}, "denoises the actions of one robot"),
+        (
+            "latent",
+            METAWORLD | {"data__unnorm_key": "robosuite_demos"},
+            "have 4. The checkpoint knows a robot of",
+        ),
         ("latent", {"data__unnorm_key": "x", "data__chunk_size": 2}, "has chunk_size 4, .* have 2. Robots share"),
         ("latent", {"data__unnorm_key": "x", "data__state": None}, "has state_dim 8, .* have None. Robots share"),
     ],

@@ -37,6 +37,7 @@ class DatasetFacts:
         cameras (`list[CameraSpec]`): in the recipe's order.
         chunk_size (`int`): actions of one prediction.
         reasonings (`list[str]`, *optional*): what the model is to say, each text once; None where it says nothing.
+        without_text (`float`): share of the training frames whose reasoning is missing or blank.
     """
 
     unnorm_key: str
@@ -47,6 +48,7 @@ class DatasetFacts:
     cameras: list[CameraSpec]
     chunk_size: int
     reasonings: list[str] | None = None
+    without_text: float = 0.0
 
     @property
     def sizes(self) -> dict[str, int | None]:
@@ -85,11 +87,14 @@ def dataset_facts(data: DataArguments, dataset: LeRobotEpisodes, train_set: Subs
     if spec.gripper is not None:
         _check_gripper(spec.gripper, actions[:, spec.gripper.index])
     cameras = [camera_spec(camera, dataset) for camera in data.cameras]
-    reasonings = None
+    reasonings, without_text = None, 0.0
     if data.reasoning is not None:
         texts = dataset.texts(data.reasoning)[train_set.indices]
-        reasonings = sorted({text for text in texts if text and not text.isspace()})
-    return DatasetFacts(data.unnorm_key, entry, actions, spec, state_spec, cameras, data.chunk_size, reasonings)
+        said = [text for text in texts if text and not text.isspace()]
+        reasonings, without_text = sorted(set(said)), 1 - len(said) / len(texts)
+    return DatasetFacts(
+        data.unnorm_key, entry, actions, spec, state_spec, cameras, data.chunk_size, reasonings, without_text
+    )
 
 
 def camera_spec(camera: CameraArguments, dataset: LeRobotEpisodes) -> CameraSpec:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 SHARED = "Robots share the chunk size, and whether there is a state: choose data.chunk_size and data.state so."
 NEW_ROBOT = "To teach a checkpoint with latent actions a new robot, set model.new_embodiment: true."
+OTHER_NAME = "The checkpoint knows a robot of this name; name another one by another data.unnorm_key."
 NEW_HEAD = "To give its vision-language model a new action head, name it as model.backbone."
 
 
@@ -34,9 +35,9 @@ def build_divla(arguments: ModelArguments, facts: DatasetFacts):
     """Make or load a DiVLA whose processor knows the dataset's statistics, robot and cameras.
 
     `max_reasoning_tokens` follow the data, where the recipe does not say them: enough for the longest text, or 0
-    where there is nothing to say. Only before a new robot (`model.new_embodiment`) the model speaks as it did: its
-    language is frozen, texts would teach it nothing, and the robot learns under what the model says by itself, as it
-    will act, see [`~hf_vla.training.trainer.VLATrainer`].
+    where there is nothing to say. Only before a robot that is trained alone (`model.new_embodiment`) the model speaks
+    as it did: its language is frozen, texts would teach it nothing, and the robot learns under what the model says by
+    itself, as it will act, see [`~hf_vla.training.trainer.VLATrainer`].
 
     Args:
         arguments (`ModelArguments`): the recipe's section model.
@@ -46,8 +47,9 @@ def build_divla(arguments: ModelArguments, facts: DatasetFacts):
         `tuple`: model and processor.
 
     Raises:
-        ValueError: the recipe asks for what DiVLA has not, the checkpoint is for another robot, or the dataset's
-            reasonings are longer than the recipe lets the model's be.
+        ValueError: the recipe asks for what DiVLA has not, the checkpoint is for another robot, the dataset's
+            reasonings are longer than the recipe lets the model's be, or nothing is to be said by a checkpoint whose
+            other robots act under its words.
     """
     refuse(
         "divla",
@@ -74,7 +76,7 @@ def build_divla(arguments: ModelArguments, facts: DatasetFacts):
     if not arguments.new_embodiment:
         _fit_reasonings(arguments, facts, model.config, processor)
     elif model.config.max_reasoning_tokens > 0:
-        logger.info("The new robot learns under what the frozen model says, as it will act: each step waits for that.")
+        logger.info("The robot learns under what the frozen model says, as it will act: each step waits for that.")
     return model, processor
 
 
@@ -114,19 +116,25 @@ def _pretrained(arguments: ModelArguments, facts: DatasetFacts, dictionaries):
     model, pretrained = load_checkpoint(arguments.path, arguments.dtype)
     keep_normalization(dictionaries, pretrained)
     own, wanted, hint = {name: getattr(model.config, name) for name in facts.sizes}, facts.sizes, NEW_HEAD
-    robots, robot = {}, None
-    if model.config.embodiments:
-        robots = {key: _known_robot(model.config, pretrained, key) for key in pretrained.action_codec.keys}
-    if arguments.new_embodiment:
+    known, name, robot = model.config.embodiments or {}, embodiment_name(facts.unnorm_key), None
+    robots = {key: _known_robot(model.config, pretrained, key) for key in pretrained.action_codec.keys if known}
+    is_new = arguments.new_embodiment and facts.unnorm_key not in robots and name not in known
+    if is_new:
         wanted, hint = {"chunk_size": facts.chunk_size}, SHARED
         if own["state_dim"] is None or facts.state_spec is None:
             wanted["state_dim"] = facts.sizes["state_dim"]
-    elif model.config.embodiments:
-        robot, hint = _known_robot(model.config, pretrained, facts.unnorm_key), NEW_ROBOT
-        own |= model.config.embodiments[robot]
+    elif known:
+        robot = _known_robot(model.config, pretrained, facts.unnorm_key)
+        own |= known[robot]
+        hint = OTHER_NAME if arguments.new_embodiment else NEW_ROBOT
     check_sizes(arguments.path, own, wanted, hint)
+    if is_new:
+        robot = name
+        model.add_embodiment(robot, facts.sizes["action_dim"], facts.sizes["state_dim"])
     if arguments.new_embodiment:
-        robot = _add_robot(model, pretrained, facts)
+        if not is_new:
+            logger.info("The checkpoint knows this robot as %r: it is trained further, alone.", robot)
+        model.train_embodiment(robot)
     if robot is not None:
         _keep_others(pretrained, robots, facts, robot, dictionaries)
     return model, DiVLAProcessor(
@@ -144,19 +152,6 @@ def _known_robot(config: DiVLAConfig, pretrained: DiVLAProcessor, unnorm_key: st
             f"data.unnorm_key to a name that it knows. {NEW_ROBOT}"
         )
     return name if name in known else next(iter(known))
-
-
-def _add_robot(model, pretrained: DiVLAProcessor, facts: DatasetFacts) -> str:
-    """Add a dataset's robot to a model, to train it alone."""
-    if facts.unnorm_key in pretrained.action_codec.keys:
-        raise ValueError(
-            f"The checkpoint knows a dataset {facts.unnorm_key!r} already: name yours by another data.unnorm_key, or "
-            "leave model.new_embodiment out to go on with that robot."
-        )
-    name = embodiment_name(facts.unnorm_key)
-    model.add_embodiment(name, facts.sizes["action_dim"], facts.sizes["state_dim"])
-    model.train_embodiment(name)
-    return name
 
 
 def _keep_others(pretrained: DiVLAProcessor, robots: dict[str, str], facts: DatasetFacts, name: str, dictionaries):
@@ -178,7 +173,8 @@ def _fit_reasonings(arguments: ModelArguments, facts: DatasetFacts, config: DiVL
     What the recipe says of it is kept.
 
     Raises:
-        ValueError: the recipe's max_reasoning_tokens are too few.
+        ValueError: the recipe's max_reasoning_tokens are too few, or other robots act under the words that would be
+            taken away.
     """
     limit, wanted = config.max_reasoning_tokens, (arguments.config or {}).get("max_reasoning_tokens")
     answers = [
@@ -189,9 +185,21 @@ def _fit_reasonings(arguments: ModelArguments, facts: DatasetFacts, config: DiVL
         if wanted:
             logger.warning("%s, so what the model will say (up to %d tokens) is not learnt.", reason, limit)
         elif limit > 0:
+            if len(config.embodiments or {}) > 1:
+                raise ValueError(
+                    f"{reason}, so this checkpoint would act without a word, but its embodiments "
+                    f"{sorted(config.embodiments)} act under what it says: give data.reasoning, or set "
+                    "model.new_embodiment: true to train this robot alone."
+                )
             logger.info("%s: the model will act without a word (max_reasoning_tokens 0).", reason)
             config.max_reasoning_tokens = 0
         return
+    if facts.without_text > 0:
+        logger.warning(
+            "%.3g %% of the frames have no text: their actions are learnt without words, but the model speaks there, "
+            "too.",
+            100 * facts.without_text,
+        )
     lengths = [len(ids) for ids in processor.tokenizer(answers, add_special_tokens=False)["input_ids"]]
     if (longest := max(lengths)) <= limit:
         return
