@@ -122,7 +122,6 @@ class LeRobotEpisodes(Dataset):
             hint = " GR00T's annotations are columns that meta/modality.json lists: {'annotation': {name: {}}}."
         elif key in (schema.SUBTASK, schema.SUBTASK + schema.INDEX_SUFFIX):
             hint = " Subtasks are the column 'subtask_index' and meta/subtasks.parquet together, read as 'subtask'."
-        hint += " A recipe leaves it out by --data.reasoning null."
         raise ValueError(f"{self.name}: no text {key!r}; it has {self.text_columns}.{hint}")
 
     def windows(self, key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -89,7 +89,10 @@ def dataset_facts(data: DataArguments, dataset: LeRobotEpisodes, train_set: Subs
     cameras = [camera_spec(camera, dataset) for camera in data.cameras]
     reasonings, without_text = None, 0.0
     if data.reasoning is not None:
-        texts = dataset.texts(data.reasoning)[train_set.indices]
+        try:
+            texts = dataset.texts(data.reasoning)[train_set.indices]
+        except ValueError as error:
+            raise ValueError(f"{error} To train on actions alone, set data.reasoning: null.") from error
         said = [text for text in texts if text and not text.isspace()]
         reasonings, without_text = sorted(set(said)), 1 - len(said) / len(texts)
     return DatasetFacts(
