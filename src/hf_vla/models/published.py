@@ -17,6 +17,8 @@ from hf_vla.actions.spec import CameraSpec
 from hf_vla.models.conversion import Conversion, fields
 from hf_vla.models.processing import DEFAULT_CAMERAS
 
+NORMALIZATION = {"mode": "min_max", "clip": False, "convention": "tinyvla"}
+STATE_NORMALIZATION = {"mode": "mean_std", "clip": False, "convention": "tinyvla"}
 NO_STATISTICS = (
     "The processor has no statistics, so that it can neither normalise states nor decode actions: convert again with "
     "--statistics, a JSON file with action_min, action_max, qpos_mean and qpos_std of the published dataset_stats.pkl."
@@ -127,8 +129,8 @@ def add_processor(
     config = conversion.model.config
     action_config = {
         "chunk_size": config.chunk_size,
-        "normalization": {"mode": "min_max", "clip": False, "convention": "tinyvla"},
-        "state_normalization": {"mode": "mean_std", "clip": False, "convention": "tinyvla"},
+        "normalization": NORMALIZATION,
+        "state_normalization": STATE_NORMALIZATION,
     }
     if statistics is not None and specs is not None:
         action_config["specs"] = {unnorm_key: specs}

@@ -18,10 +18,6 @@ from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.models.base import VLAPreTrainedModel
 from hf_vla.training.arguments import CameraArguments, DataArguments, ModelArguments
 
-# as published, TinyVLA's and DiVLA's
-NORMALIZATION = {"mode": "min_max", "clip": False, "convention": "tinyvla"}
-STATE_NORMALIZATION = {"mode": "mean_std", "clip": False, "convention": "tinyvla"}
-
 
 @dataclass(frozen=True)
 class DatasetFacts:

@@ -9,10 +9,9 @@ from hf_vla.models.divla.configuration_divla import EMBODIMENT_FIELDS, DiVLAConf
 from hf_vla.models.divla.modeling_divla import DiVLAForActionPrediction
 from hf_vla.models.divla.processing_divla import DiVLAProcessor
 from hf_vla.models.divla.scale_dp import load_scale_dp
+from hf_vla.models.published import NORMALIZATION, STATE_NORMALIZATION
 from hf_vla.training.arguments import ModelArguments
 from hf_vla.training.builders.base import (
-    NORMALIZATION,
-    STATE_NORMALIZATION,
     DatasetFacts,
     check_sizes,
     config_overrides,

@@ -3,13 +3,12 @@
 import torch
 from transformers import AutoModel
 
+from hf_vla.models.published import NORMALIZATION, STATE_NORMALIZATION
 from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
 from hf_vla.models.tinyvla.modeling_tinyvla import TinyVLAForActionPrediction
 from hf_vla.models.tinyvla.processing_tinyvla import TinyVLAProcessor
 from hf_vla.training.arguments import ModelArguments
 from hf_vla.training.builders.base import (
-    NORMALIZATION,
-    STATE_NORMALIZATION,
     DatasetFacts,
     check_sizes,
     config_overrides,
