@@ -1,14 +1,12 @@
 """A checkpoint as a controller: an observation goes in, one action comes out."""
 
-from difflib import get_close_matches
-from pathlib import Path
-
 import numpy as np
 import torch
 from transformers import AutoModel, AutoProcessor
 
 from hf_vla.actions.chunking import RecedingHorizon, TemporalEnsembler
 from hf_vla.actions.spec import whole_number
+from hf_vla.models.base import check_folder
 
 IMAGES = "observation.images."
 DEPTH = "observation.depth."
@@ -113,7 +111,7 @@ class Policy:
             ValueError: see the class.
             OSError: there is no checkpoint.
         """
-        _check_folder(path)
+        check_folder(path, str(path))
         processor = AutoProcessor.from_pretrained(path)
         model = AutoModel.from_pretrained(path)
         try:
@@ -262,17 +260,3 @@ class Policy:
         if state.shape != (state_dim,) or not np.isfinite(state).all():
             raise ValueError(f"Expected {state_dim} finite numbers{names} in {STATE!r}, came {state.tolist()}.")
         return state
-
-
-def _check_folder(path):
-    """Say at once that a local folder is no checkpoint, rather than look for its name on the Hub."""
-    folder = Path(path)
-    hub_name = str(path).count("/") <= 1 and not str(path).startswith((".", "/", "~"))
-    # lerobot/pi0_base may well be meant for the Hub where a folder lerobot lies: only a near miss counts as a folder.
-    siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
-    close = get_close_matches(folder.name, siblings, n=1) if len(folder.parts) > 1 else []
-    if not folder.is_dir() and (close or not hub_name):
-        hint = f" Did you mean {str(folder.parent / close[0])!r}?" if close else ""
-        raise FileNotFoundError(f"{path}: no such folder.{hint}")
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise FileNotFoundError(f"{path}: no checkpoint in this folder, it has no config.json.")

@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,29 @@ class VLAPreTrainedModel(PreTrainedModel):
             own = {each.name for each in parameters if each.kind != each.VAR_KEYWORD} - {"self"}
             refuse_unknown(f"{type(self).__name__}.{method}", unknown, {*own, *known})
         return given
+
+
+def check_folder(path: str | Path, name: str) -> None:
+    """Say at once that a local folder is no checkpoint, rather than look for its name on the Hub.
+
+    Args:
+        path (`str` or `Path`): folder or Hub name.
+        name (`str`): what to call it.
+
+    Raises:
+        FileNotFoundError: it is no Hub name and no folder of a checkpoint.
+    """
+    folder, source = Path(path), str(path)
+    if folder.is_dir():
+        if not any((folder / each).is_file() for each in ("config.json", "adapter_config.json")):
+            raise FileNotFoundError(f"{name}: no checkpoint in this folder, it has no config.json.")
+        return
+    # lerobot/pi0_base may well be meant for the Hub where a folder lerobot lies: only a near miss counts as a folder.
+    siblings = list(folder.parent.iterdir()) if len(folder.parts) > 1 and folder.parent.is_dir() else []
+    close = get_close_matches(folder.name, [each.name for each in siblings], n=1)
+    if close or source.count("/") > 1 or source.startswith((".", "/", "~")):
+        hint = f" Did you mean {str(folder.parent / close[0])!r}?" if close else ""
+        raise FileNotFoundError(f"{name}: no such folder.{hint}")
 
 
 def _base_of_adapter(folder: Path) -> str | None:

@@ -1,12 +1,12 @@
 """Every family that a recipe can train, by model type."""
 
-from difflib import get_close_matches
 from pathlib import Path
 
 from torch.utils.data import Subset
 from transformers import AutoConfig
 
 from hf_vla.data.lerobot import LeRobotEpisodes
+from hf_vla.models.base import check_folder
 from hf_vla.training.arguments import ModelArguments, Recipe
 from hf_vla.training.builders.base import dataset_facts
 from hf_vla.training.builders.divla import build_divla
@@ -64,7 +64,7 @@ def family(arguments: ModelArguments) -> str:
         folder = getattr(arguments, source)
         if folder is None:
             continue
-        _check_folder(f"model.{source}", folder)
+        check_folder(folder, f"model.{source} {folder!r}")
         if Path(folder, "adapter_config.json").is_file():
             raise ValueError(
                 f"model.{source} {folder!r} is an adapter, which a new training would drop: resume its own run, or "
@@ -80,18 +80,3 @@ def family(arguments: ModelArguments) -> str:
     if name not in BUILDERS:
         raise ValueError(f"No recipe can train the family {name!r}; there are {sorted(BUILDERS)}.")
     return name
-
-
-def _check_folder(name: str, source: str) -> None:
-    """Say at once that a local folder is no checkpoint, rather than look for its name on the Hub."""
-    folder = Path(source)
-    if folder.is_dir():
-        if not any((folder / each).is_file() for each in ("config.json", "adapter_config.json")):
-            raise FileNotFoundError(f"{name} {source!r}: no checkpoint in this folder, it has no config.json.")
-        return
-    # Qwen/Qwen2-VL may well be meant for the Hub where a folder Qwen lies: only a near miss counts as a folder.
-    siblings = list(folder.parent.iterdir()) if len(folder.parts) > 1 and folder.parent.is_dir() else []
-    close = get_close_matches(folder.name, [each.name for each in siblings], n=1)
-    if close or source.count("/") > 1 or source.startswith((".", "/", "~")):
-        hint = f" Did you mean {str(folder.parent / close[0])!r}?" if close else ""
-        raise FileNotFoundError(f"{name} {source!r}: no such folder.{hint}")
