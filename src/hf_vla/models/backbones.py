@@ -7,6 +7,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
+from hf_vla.models.base import VLAPreTrainedModel
+
 # of the vision towers whose tokens can be counted
 _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 _TOKEN_TYPES = {"token_type_ids", "mm_token_type_ids"}
@@ -28,6 +30,37 @@ def backbone_inputs(backbone: PreTrainedModel) -> set[str]:
 
 def _parameters(backbone: PreTrainedModel) -> set[str]:
     return set(inspect.signature(backbone.forward).parameters)
+
+
+class BackbonePreTrainedModel(VLAPreTrainedModel):
+    """What models around any image-text-to-text model of transformers, their `backbone`, share."""
+
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    # Kinds of attention in the backbone, which refuses those that it does not support itself, when it is built.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module):
+        """Leave the head as it was built: it initialises itself, and transformers' initialisation is another."""
+
+    def get_input_embeddings(self):
+        """The backbone's."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        """Replace the backbone's input embedding."""
+        self.backbone.set_input_embeddings(value)
+
+    def follow_backbone(self) -> None:
+        """Move and cast all but the backbone as that is; it would itself lose the frequencies it keeps in float32."""
+        for name, part in self.named_children():
+            if name != "backbone":
+                part.to(self.backbone.device, self.backbone.dtype)
 
 
 def pretrained_backbone(backbone: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:

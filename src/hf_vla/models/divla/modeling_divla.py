@@ -17,6 +17,7 @@ from hf_vla.actions.heads.networks.film import ReasoningFiLM
 from hf_vla.actions.heads.networks.latent import Embodiment
 from hf_vla.actions.heads.registry import build_action_head
 from hf_vla.models.backbones import (
+    BackbonePreTrainedModel,
     backbone_inputs,
     check_generation,
     check_images,
@@ -25,7 +26,6 @@ from hf_vla.models.backbones import (
     token_positions,
     token_types,
 )
-from hf_vla.models.base import VLAPreTrainedModel
 from hf_vla.models.batches import IGNORED
 from hf_vla.models.divla.configuration_divla import DiVLAConfig, check_embodiment
 from hf_vla.models.divla.encoding import Encoding, append, last_real, pad_left, reasoning_mask, without_end
@@ -34,7 +34,7 @@ from hf_vla.models.outputs import VLAOutput
 TARGETS = ("actions", "action_mask", "state", "embodiment", "generator")  # what forward takes beside the prompts
 
 
-class DiVLAForActionPrediction(VLAPreTrainedModel):
+class DiVLAForActionPrediction(BackbonePreTrainedModel):
     """Images, an instruction and (where the robot has one) its state in; a reasoning and a chunk of actions out.
 
     Args:
@@ -65,15 +65,6 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
     """
 
     config: DiVLAConfig
-    base_model_prefix = "backbone"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    # Kinds of attention in the backbone, which refuses those that it does not support itself, when it is built.
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: DiVLAConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
@@ -97,22 +88,9 @@ class DiVLAForActionPrediction(VLAPreTrainedModel):
             self.embodiments[name] = Embodiment(
                 **sizes, latent_dim=config.latent_dim, shared_state_dim=config.state_dim
             )
-        if backbone is not None:  # itself, cast as a whole, it would lose the frequencies that it keeps in float32
-            for name, part in self.named_children():
-                if name != "backbone":
-                    part.to(backbone.device, backbone.dtype)
+        if backbone is not None:
+            self.follow_backbone()
         self.post_init()
-
-    def _init_weights(self, module):
-        """Leave the head as it was built: it initialises itself, and transformers' initialisation is another."""
-
-    def get_input_embeddings(self):
-        """The backbone's."""
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        """Replace the backbone's input embedding."""
-        self.backbone.set_input_embeddings(value)
 
     def get_output_embeddings(self):
         """The backbone's language head."""

@@ -11,6 +11,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 
 from hf_vla.actions.heads.registry import build_action_head
 from hf_vla.models.backbones import (
+    BackbonePreTrainedModel,
     backbone_inputs,
     check_images,
     check_length,
@@ -18,12 +19,11 @@ from hf_vla.models.backbones import (
     token_positions,
     token_types,
 )
-from hf_vla.models.base import VLAPreTrainedModel
 from hf_vla.models.outputs import VLAOutput
 from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
 
 
-class TinyVLAForActionPrediction(VLAPreTrainedModel):
+class TinyVLAForActionPrediction(BackbonePreTrainedModel):
     """Images, an instruction and (where the robot has one) its state in, a chunk of normalised actions out.
 
     Args:
@@ -51,15 +51,6 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
     """
 
     config: TinyVLAConfig
-    base_model_prefix = "backbone"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    # Kinds of attention in the backbone, which refuses those that it does not support itself, when it is built.
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: TinyVLAConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
@@ -73,19 +64,8 @@ class TinyVLAForActionPrediction(VLAPreTrainedModel):
             config.head_config, feature_dim, config.action_dim, config.chunk_size, config.state_dim
         )
         if backbone is not None:
-            self.action_head.to(backbone.device, backbone.dtype)
+            self.follow_backbone()
         self.post_init()
-
-    def _init_weights(self, module):
-        """Leave the head as it was built: it initialises itself, and transformers' initialisation is another."""
-
-    def get_input_embeddings(self):
-        """The backbone's."""
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        """Replace the backbone's input embedding."""
-        self.backbone.set_input_embeddings(value)
 
     def encode(
         self,
