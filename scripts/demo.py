@@ -25,9 +25,11 @@ from transformers import AutoModel, AutoProcessor
 import hf_vla  # noqa: F401  (makes the Auto classes know our families)
 from hf_vla.cli.render import chunk_table, plot_chunk
 from hf_vla.data.collator import VLACollator
-from hf_vla.training.arguments import load_recipe
 from hf_vla.training.callbacks import TimeLimit
-from hf_vla.training.trainer import action_error, open_dataset, train
+from hf_vla.training.datasets import open_dataset
+from hf_vla.training.recipe import load_recipe
+from hf_vla.training.run import train
+from hf_vla.training.trainer import action_error
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "scripts" / "recipes"

@@ -8,8 +8,8 @@ import sys
 
 from accelerate import PartialState
 
-from hf_vla.training.arguments import parse_recipe
-from hf_vla.training.trainer import train
+from hf_vla.training.recipe import parse_recipe
+from hf_vla.training.run import train
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")

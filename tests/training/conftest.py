@@ -9,7 +9,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from hf_vla.models.byte_tokenizer import byte_tokenizer
 from hf_vla.models.divla.configuration_divla import DiVLAConfig
 from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
-from hf_vla.training.arguments import load_recipe
+from hf_vla.training.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
 

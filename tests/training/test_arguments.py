@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_vla.training.arguments import CameraArguments, GridArguments, LoraArguments, load_recipe, parse_recipe
+from hf_vla.training.arguments import CameraArguments, GridArguments, LoraArguments
+from hf_vla.training.recipe import load_recipe, parse_recipe
 
 RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
 TINY = RECIPES / "spatialvla_tiny.yaml"

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_vla.training.callbacks import SeedOfProcess, TimeLimit
-from hf_vla.training.trainer import train
+from hf_vla.training.run import train
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(0.0, 1), (600.0, 3)])

@@ -14,7 +14,7 @@ from hf_vla.models.divla.modeling_divla import DiVLAForActionPrediction
 from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
 from hf_vla.models.tinyvla.modeling_tinyvla import TinyVLAForActionPrediction
 from hf_vla.training.lora import PARTS, PROJECTORS, add_lora, load_adapter
-from hf_vla.training.trainer import train
+from hf_vla.training.run import train
 
 # peft asks every model for an attribute that transformers is about to rename.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -15,7 +15,9 @@ from transformers import AutoModel, AutoProcessor, TrainerCallback
 import hf_vla  # noqa: F401
 from hf_vla.policy import Policy
 from hf_vla.training.builders.registry import build
-from hf_vla.training.trainer import VLATrainer, open_dataset, train
+from hf_vla.training.datasets import open_dataset
+from hf_vla.training.run import train
+from hf_vla.training.trainer import VLATrainer
 
 # peft asks every model for an attribute that transformers is about to rename.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

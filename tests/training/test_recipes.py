@@ -9,9 +9,9 @@ import torch
 from hf_vla.actions.heads.registry import build_action_head
 from hf_vla.models.divla.scale_dp import SCALE_DP_HEADS
 from hf_vla.policy import Policy
-from hf_vla.training.arguments import load_recipe
 from hf_vla.training.builders.registry import BUILDERS
-from hf_vla.training.trainer import train
+from hf_vla.training.recipe import load_recipe
+from hf_vla.training.run import train
 
 RECIPES = {path.stem: path for path in (Path(__file__).parents[2] / "scripts" / "recipes").glob("*.yaml")}
 # name: head, chunk, readout tokens, whether the state is used, cameras

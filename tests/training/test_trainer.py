@@ -21,7 +21,10 @@ from hf_vla.actions.tokenizers.gaussian_grid import transfer_embeddings
 from hf_vla.data.collator import VLACollator
 from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.training.builders.registry import build
-from hf_vla.training.trainer import VLATrainer, action_error, checkpoint_to_resume, open_dataset, train
+from hf_vla.training.checkpoints import checkpoint_to_resume
+from hf_vla.training.datasets import open_dataset
+from hf_vla.training.run import train
+from hf_vla.training.trainer import VLATrainer, action_error
 
 ROOT = Path(__file__).parents[2]
 
@@ -135,9 +138,9 @@ def test_action_error_by_hand():
 KILLED = """
 import os, signal, sys
 from transformers.trainer_callback import TrainerState
-from hf_vla.training.arguments import parse_recipe
+from hf_vla.training.recipe import parse_recipe
 from hf_vla.training.builders.registry import build
-from hf_vla.training.trainer import train
+from hf_vla.training.run import train
 
 save = TrainerState.save_to_json
 def save_or_die(state, path):

@@ -12,7 +12,9 @@ from torch.utils.data import Subset
 import hf_vla  # noqa: F401
 from hf_vla.data.collator import VLACollator
 from hf_vla.training.builders.registry import build
-from hf_vla.training.trainer import VLATrainer, open_dataset, train
+from hf_vla.training.datasets import open_dataset
+from hf_vla.training.run import train
+from hf_vla.training.trainer import VLATrainer
 
 PARTS = ["diffusion_loss", "ntp_loss", "reconstruction_loss"]
 # latents that hold less than actions do have a loss of their own, and a column holds what is said

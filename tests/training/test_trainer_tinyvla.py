@@ -14,7 +14,9 @@ import hf_vla  # noqa: F401
 from hf_vla.data.collator import VLACollator
 from hf_vla.training.builders.registry import build
 from hf_vla.training.callbacks import SeedOfProcess
-from hf_vla.training.trainer import VLATrainer, open_dataset, train
+from hf_vla.training.datasets import open_dataset
+from hf_vla.training.run import train
+from hf_vla.training.trainer import VLATrainer
 
 
 def weights(folder):

@@ -1,26 +1,15 @@
 """Training: the Hugging Face Trainer with the processor beside every checkpoint and an error in robot units."""
 
 import inspect
-import json
 import logging
-from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
-from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import Trainer
 
 from hf_vla.actions.spec import ActionSpec
-from hf_vla.data import schema
-from hf_vla.data.collator import VLACollator
-from hf_vla.data.lerobot import LeRobotEpisodes, local_folder
-from hf_vla.training.arguments import DataArguments, Recipe
-from hf_vla.training.builders.registry import build
-from hf_vla.training.callbacks import SeedOfProcess
 
 logger = logging.getLogger(__name__)
 
@@ -214,154 +203,3 @@ def action_error(
             groups |= {"action_error_translation": body[:3], "action_error_rotation": body[3:]}
         groups["action_error_gripper"] = [] if spec.gripper is None else [spec.gripper.index]
     return {name: float(error[dimensions].mean()) for name, dimensions in groups.items() if dimensions}
-
-
-def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, float]:
-    """Train as a recipe says; model and processor are saved in `recipe.training.output_dir`.
-
-    Args:
-        recipe (`Recipe`): see [`~hf_vla.training.arguments.load_recipe`].
-        callbacks (`Sequence[TrainerCallback]`): called by the Trainer beside its own.
-
-    Returns:
-        `dict[str, float]`: the last evaluation's metrics; the training's where no episodes are held out.
-
-    Raises:
-        ValueError: the recipe, the dataset and the checkpoint do not fit together.
-    """
-    data = recipe.data
-    set_seed(recipe.training.seed)  # a new model's weights
-    dataset, train_set, eval_set = open_dataset(data)
-    model, processor = build(recipe, dataset, train_set)
-    cameras = [camera.name for camera in data.cameras]
-    trainer = VLATrainer(
-        model=model,
-        args=recipe.training,
-        data_collator=VLACollator(processor, data.unnorm_key, cameras, data.state is not None, data.reasoning),
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        processing_class=processor,
-        camera_dropout=data.camera_dropout,
-        callbacks=[SeedOfProcess(), *callbacks],
-    )
-    checkpoint = checkpoint_to_resume(recipe.training)
-    if checkpoint is not None:
-        check_same_robot(checkpoint, processor)
-        check_same_model(checkpoint, model.config)
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if eval_set is not None:
-        metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
-    return metrics
-
-
-def open_dataset(data: DataArguments) -> tuple[LeRobotEpisodes, Subset, Subset | None]:
-    """Open the dataset with windows of actions, and split it by episodes.
-
-    Returns:
-        `tuple`: the whole dataset, the rows to train on, and those of the held-out episodes (None without any).
-
-    Raises:
-        ValueError: a held-out episode does not exist, or none is left to train on.
-    """
-    fps = schema.read_info(local_folder(data.source, data.revision)).fps
-    deltas = {schema.ACTION: [step / fps for step in range(data.chunk_size)]}
-    dataset = LeRobotEpisodes(
-        data.source, deltas, cameras=[camera.name for camera in data.cameras], revision=data.revision
-    )
-    known = {episode.index for episode in dataset.episodes}
-    unknown = sorted(set(data.eval_episodes) - known)
-    if unknown or known == set(data.eval_episodes):
-        raise ValueError(
-            f"Expected data.eval_episodes to be some of the {len(known)} episodes of {dataset.name} "
-            f"({min(known)} to {max(known)}), came {unknown or 'all of them'}."
-        )
-    held_out = np.isin(dataset.column("episode_index"), data.eval_episodes)
-    train_set = Subset(dataset, np.flatnonzero(~held_out).tolist())
-    return dataset, train_set, Subset(dataset, np.flatnonzero(held_out).tolist()) if held_out.any() else None
-
-
-def checkpoint_to_resume(arguments) -> str | None:
-    """Find the checkpoint that `arguments.resume_from_checkpoint` asks for; None to start anew.
-
-    The Trainer writes `trainer_state.json` last, so a folder without it was killed in mid-save: it is passed over with
-    a warning. A complete one that lacks its optimizer would go on with a fresh one: that is an error.
-
-    Raises:
-        ValueError: the folder named is no complete checkpoint, or a file that exact resuming needs is missing.
-    """
-    wanted = arguments.resume_from_checkpoint
-    if not wanted:
-        return None
-    if wanted is True:
-        folders = Path(arguments.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        steps = {int(step): folder for folder in folders if (step := folder.name.rpartition("-")[2]).isdigit()}
-        checkpoint = None
-        for _, folder in sorted(steps.items(), reverse=True):
-            if _is_complete(folder):
-                checkpoint = folder
-                break
-            logger.warning("%s was not saved completely (killed in mid-save?) and is passed over.", folder)
-        if checkpoint is None:
-            logger.warning("No complete checkpoint in %s: the training starts anew.", arguments.output_dir)
-            return None
-    else:
-        checkpoint = Path(wanted)
-        if not _is_complete(checkpoint):
-            raise ValueError(f"{checkpoint} is no complete checkpoint: its trainer_state.json is missing or broken.")
-    rng = "rng_state.pth" if arguments.world_size == 1 else f"rng_state_{arguments.process_index}.pth"
-    # Sharded optimizers (FSDP, DeepSpeed) have other names, and checks of their own.
-    sharded = arguments.fsdp or arguments.deepspeed
-    missing = [name for name in ("optimizer.pt", "scheduler.pt", rng) if not (checkpoint / name).is_file()]
-    if missing and not sharded:
-        raise ValueError(
-            f"{checkpoint} lacks {missing}: resuming would go on with fresh ones. Restore them, or resume from "
-            "another checkpoint; weights that are no adapter also start a new run, as model.path."
-        )
-    return str(checkpoint)
-
-
-def check_same_robot(checkpoint: str, processor) -> None:
-    """Check that a checkpoint's weights learnt the tokens and units of the processor they would go on with.
-
-    Raises:
-        ValueError: specs, statistics, grid, chunk size, camera, prompt or the names of robots differ.
-    """
-    saved = AutoProcessor.from_pretrained(checkpoint)
-    names = {"side": f"the checkpoint {checkpoint}", "other_side": "the recipe"}
-    for key in set(saved.action_codec.keys) & set(processor.action_codec.keys):
-        both = [(*each.action_codec.specs(key), *each.camera_specs(key)) for each in (saved, processor)]
-        for spec, other in zip(*both, strict=False):
-            if spec is not None and other is not None:
-                spec.check(other, **names)
-    for name in ("statistics", "action_config", "camera_config", "prompt_config", "embodiments"):
-        if getattr(saved, name, None) != json.loads(json.dumps(getattr(processor, name, None))):
-            raise ValueError(
-                f"The recipe gives another {name} than {checkpoint} was trained with, so its weights would mean other "
-                "actions. Resume with the dataset, split, grid, chunk size and prompt of that run, or start a new run."
-            )
-
-
-def check_same_model(checkpoint: str, config) -> None:
-    """Check that a checkpoint's weights are those of the model that would go on with them.
-
-    Raises:
-        ValueError: a field of the family's own differs.
-    """
-    inherited = {field.name for field in fields(PreTrainedConfig)} | set(config.sub_configs)
-    both = [json.loads(each.to_json_string(False)) for each in (AutoConfig.from_pretrained(checkpoint), config)]
-    for name in (field.name for field in fields(config) if field.name not in inherited):
-        saved, given = (each.get(name) for each in both)
-        if saved != given:
-            raise ValueError(
-                f"The recipe gives the model {name} {given!r}, {checkpoint} was trained with {saved!r}: resume with "
-                "the model and data of that run, or start a new run."
-            )
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False

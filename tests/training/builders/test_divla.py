@@ -20,7 +20,8 @@ from hf_vla.training.arguments import ModelArguments
 from hf_vla.training.builders.base import dataset_facts
 from hf_vla.training.builders.divla import build_divla
 from hf_vla.training.builders.registry import build
-from hf_vla.training.trainer import open_dataset, train
+from hf_vla.training.datasets import open_dataset
+from hf_vla.training.run import train
 
 CHECKPOINT = {"model__preset": None, "model__config": None}
 

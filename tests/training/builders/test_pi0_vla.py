@@ -1,7 +1,7 @@
 import pytest
 
 from hf_vla.training.builders.registry import build
-from hf_vla.training.trainer import open_dataset
+from hf_vla.training.datasets import open_dataset
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.models.tinyvla.modeling_tinyvla import TinyVLAForActionPrediction
 from hf_vla.policy import Policy
 from hf_vla.training.builders.registry import build
-from hf_vla.training.trainer import open_dataset, train
+from hf_vla.training.datasets import open_dataset
+from hf_vla.training.run import train
 
 GRID = {"model__grid": {"num_bins": [4, 4, 4]}}
 BACKBONE = {"model__preset": None, "model__grid": None, "model__backbone": "x"}

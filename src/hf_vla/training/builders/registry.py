@@ -7,12 +7,13 @@ from transformers import AutoConfig
 
 from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.models.base import check_folder
-from hf_vla.training.arguments import ModelArguments, Recipe
+from hf_vla.training.arguments import ModelArguments
 from hf_vla.training.builders.base import dataset_facts
 from hf_vla.training.builders.divla import build_divla
 from hf_vla.training.builders.pi0_vla import build_pi0_vla
 from hf_vla.training.builders.spatialvla import build_spatialvla
 from hf_vla.training.builders.tinyvla import build_tinyvla
+from hf_vla.training.recipe import Recipe
 
 BUILDERS = {
     "divla": build_divla,

@@ -1,0 +1,150 @@
+"""A training recipe: a YAML file with the sections model, data and training, and dotted overrides."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from huggingface_hub.dataclasses import type_validator
+
+from hf_vla.training.arguments import DataArguments, ModelArguments, VLATrainingArguments
+
+
+@dataclass
+class Recipe:
+    """A whole training run."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: VLATrainingArguments
+
+    def __post_init__(self):
+        if self.training.full_learning_rate is not None and self.model.lora is None:
+            raise ValueError(
+                "training.full_learning_rate is that of what is trained beside adapters: give model.lora, or leave it "
+                "out."
+            )
+        deepspeed = getattr(self.training, "hf_deepspeed_config", None)
+        if self.training.full_learning_rate is not None and deepspeed and "optimizer" in deepspeed.config:
+            raise ValueError(
+                "DeepSpeed's own optimizer knows one learning rate: to use training.full_learning_rate, leave "
+                "DeepSpeed's section optimizer out."
+            )
+        if self.model.dtype == "bfloat16" and (self.model.lora is None or not self.training.bf16):
+            raise ValueError(
+                "Weights of bfloat16 round the steps of a training away: leave model.dtype float32, and set "
+                "training.bf16: true to compute in bfloat16. With both, model.lora trains float32 adapters on a "
+                "bfloat16 model."
+            )
+
+
+def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path (`str` or `Path`): a YAML file.
+        overrides (`dict`, *optional*): dotted name -> value, for example `{"training.max_steps": 20}`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a name is unknown or missing, or a value has the wrong type.
+    """
+    values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
+    for name, value in (overrides or {}).items():
+        *sections, last = name.split(".")
+        section = values
+        for part in sections:
+            place = _place(section, part, name)
+            if isinstance(section, dict) and section.get(place) is None:
+                section[place] = {}
+            section = section[place]
+            if not isinstance(section, (dict, list)):
+                raise ValueError(f"{name}: {part!r} is a value, not a section with names in it.")
+        section[_place(section, last, name)] = value
+    return _build(Recipe, values, "")
+
+
+def parse_recipe(arguments: Sequence[str]) -> Recipe:
+    """Read a recipe as the command line names it: `--config FILE --training.max_steps 20 --data.chunk_size=8`."""
+    parser = argparse.ArgumentParser(
+        description="Train a VLA. Every value of the recipe can be given as --section.name VALUE.", allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="recipe in YAML, see scripts/recipes")
+    known, rest = parser.parse_known_args(arguments)
+    overrides = {}
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--") or "." not in name:
+            parser.error(f"expected --section.name VALUE, came {name!r}")
+        if not equals:
+            if not rest:
+                parser.error(f"{name} has no value")
+            value = rest.pop(0)
+        overrides[name[2:]] = yaml.load(value, _Loader)
+    return load_recipe(known.config, overrides)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 5e-4 for a text and `no` for false; a recipe means a number and a word, as in YAML 1.2."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _place(section, part, name):
+    """Key of a section, or index of a list: `data.cameras.0.fovy`."""
+    if isinstance(section, dict):
+        return part
+    if not part.isdigit() or int(part) >= len(section):
+        raise ValueError(f"{name}: expected a place from 0 to {len(section) - 1} in the list, came {part!r}.")
+    return int(part)
+
+
+def _build(cls, values, where):
+    if not isinstance(values, dict):
+        raise ValueError(f"{where or 'The recipe'}: expected names with values, came {values!r}.")
+    prefix = f"{where}." if where else ""
+    known = [item for item in fields(cls) if item.init]
+    names = [item.name for item in known]
+    for name in values:
+        if name not in names:
+            close = get_close_matches(str(name), names, n=1)
+            hint = f" Did you mean {prefix}{close[0]}?" if close else f" There are {names}."
+            raise ValueError(f"Unknown name {prefix}{name} in the recipe.{hint}")
+    for item in known:
+        if item.default is MISSING and item.default_factory is MISSING and item.name not in values:
+            raise ValueError(f"The recipe lacks {prefix}{item.name}.")
+    hints = get_type_hints(cls)
+    return cls(**{name: _value(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
+
+
+def _value(hint, value, name):
+    kinds = get_args(hint) or (hint,)
+    section = next((kind for kind in kinds if is_dataclass(kind)), None)
+    if section is not None and get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{name}: expected a list, came {value!r}.")
+        return [_build(section, item, f"{name}.{place}") for place, item in enumerate(value)]
+    if section is not None and value is not None:
+        return _build(section, value, name)
+    if float in kinds and type(value) is int:
+        value = float(value)
+    try:
+        type_validator(name, value, hint)
+    except TypeError as error:
+        raise ValueError(f"{name}: expected {getattr(hint, '__name__', hint)}, came {value!r}.") from error
+    return value
