@@ -1,3 +1,6 @@
+import importlib.util
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -87,3 +90,45 @@ def reasoning_checkpoint(tmp_path_factory) -> Path:
         config, {"robosuite": {"action": limits}}, action_config, {"robosuite": cameras}
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch):
+    """A real HTTP server that this process and its children take for the Hub; see `tests/hub.py`. Nobody is signed in.
+
+    Sign in with `monkeypatch.setenv("HF_TOKEN", hub.token)`, or give `token=hub.token`.
+    """
+    from huggingface_hub import close_session, constants, hf_api
+
+    spec = importlib.util.spec_from_file_location("hf_vla_tests_hub", Path(__file__).parent / "hub.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    # huggingface_hub's own uploads use what its HTTP client has given up
+    warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
+    home = tmp_path_factory.mktemp("hub")
+    (home / "content").mkdir()
+    server = module.Hub(home / "content")
+    # Children read the environment; this process has read it already, so what came of it is set as well.
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_HOME", str(home / "home"))
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    here = {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_URL_HOSTS": constants.HF_URL_HOSTS | {"127.0.0.1"},
+        "HF_HUB_CACHE": str(home / "home" / "hub"),
+        "HF_TOKEN_PATH": str(home / "home" / "token"),
+        "HF_STORED_TOKENS_PATH": str(home / "home" / "stored_tokens"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+    }
+    for name, value in here.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    yield server
+    server.close()
+    close_session()

@@ -1,6 +1,8 @@
 import json
 import shutil
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -49,3 +51,52 @@ def add(edit):
         edit(root / "meta/info.json", lambda info: info | {"features": info["features"] | feature})
 
     return add_column
+
+
+@pytest.fixture
+def write_dataset(tmp_path_factory):
+    """Write a LeRobot v3.0 dataset of numbers; returns its folder and columns.
+
+    The first number of a row's action counts the rows. `change` may alter the columns before they are written;
+    episodes are spread over the files, and `row_group` is the number of rows in a group.
+    """
+
+    def write(lengths, files=1, names=None, row_group=None, change=None):
+        root, count = tmp_path_factory.mktemp("dataset"), sum(lengths)
+        generator, episodes = np.random.default_rng(count), np.repeat(np.arange(len(lengths)), lengths)
+        columns = {
+            "action": generator.standard_normal((count, 2)).astype(np.float32),
+            "observation.state": generator.lognormal(size=(count, 3)).astype(np.float32),
+            "reward": generator.random(count, np.float32),
+        }
+        columns["action"][:, 0] = np.arange(count)
+        if change is not None:
+            change(columns)
+        features = {
+            key: {"dtype": "float32", "shape": list(values.shape[1:]) or [1], "names": None}
+            for key, values in columns.items()
+        }
+        features["action"]["names"] = names
+        info = {
+            "codebase_version": "v3.0",
+            "fps": 10,
+            "features": features,
+            "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        }
+        for folder in ("data/chunk-000", "meta/episodes/chunk-000"):
+            (root / folder).mkdir(parents=True)
+        (root / "meta/info.json").write_text(json.dumps(info))
+        places = np.arange(len(lengths)) * files // len(lengths)
+        table = {"episode_index": np.arange(len(lengths)), "length": lengths}
+        table |= {"data/chunk_index": np.zeros_like(places), "data/file_index": places}
+        pq.write_table(pa.table(table), root / "meta/episodes/chunk-000/file-000.parquet")
+        frames = np.concatenate([np.arange(length) for length in lengths])
+        for file in range(files):
+            rows = places[episodes] == file
+            table = {key: list(values[rows]) if values.ndim > 1 else values[rows] for key, values in columns.items()}
+            table |= {"episode_index": episodes[rows], "frame_index": frames[rows], "index": np.flatnonzero(rows)}
+            path = root / f"data/chunk-000/file-{file:03d}.parquet"
+            pq.write_table(pa.table(table), path, row_group_size=row_group)
+        return root, columns
+
+    return write

@@ -248,19 +248,6 @@ def test_deltas_within_a_tenth_of_a_millisecond_are_rounded(goldens):
     assert LeRobotEpisodes(source, {"action": [0.10009]}, cameras=[])[0]["action"].shape == (1, 7)
 
 
-def test_a_name_on_the_hub_is_fetched_at_its_revision(goldens, monkeypatch):
-    asked = {}
-
-    def snapshot_download(name, **options):
-        asked.update(options, name=name)
-        return str(goldens / "lerobot" / "datasets" / "v30_video_av1")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    dataset = LeRobotEpisodes("somebody/blocks", revision="v3.0", cameras=[])
-    assert asked == {"name": "somebody/blocks", "repo_type": "dataset", "revision": "v3.0"}
-    assert (len(dataset), dataset.name) == (175, "somebody/blocks")
-
-
 @pytest.mark.parametrize(("name", "frames", "deltas"), [("robosuite_demos", 1584, 20), ("metaworld_demos", 2251, 80)])
 def test_the_example_data_reads_in_full(name, frames, deltas, request):
     source = request.config.rootpath / "scripts" / "data" / name

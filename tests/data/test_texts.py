@@ -131,7 +131,7 @@ def test_numbers_are_no_texts(copy, add, name):
 def test_a_column_of_text_that_holds_something_else_is_an_error(copy, add, values):
     root = copy()
     add(root, "reasoning", "string", lambda rows: pa.array([*values][: len(rows)]))
-    message = r"v30_video_av1/data: meta/info.json declares column 'reasoning' as text, but it holds .*; write its"
+    message = r"file-000.parquet: meta/info.json declares column 'reasoning' as text, but it holds .*; write its"
     with pytest.raises(ValueError, match=message):
         LeRobotEpisodes(root)
 

@@ -1,18 +1,22 @@
 """LeRobot datasets, version 2.1 and 3.0, as a torch dataset that equals LeRobot's own output."""
 
-import io
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from operator import index as as_index
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from hf_vla.data import schema
-from hf_vla.data.video import VideoFrames
+from hf_vla.data.cache import FrameCache
+from hf_vla.data.files import DatasetFiles
+from hf_vla.data.pictures import MappedPictures, ParquetPictures, decoded
+from hf_vla.data.rows import Rows, check_finite, check_order, check_texts, place, read_rows, row_counts
+from hf_vla.data.video import VideoFrames, side_by_side
 
 
 class LeRobotEpisodes(Dataset):
@@ -26,14 +30,31 @@ class LeRobotEpisodes(Dataset):
     and GR00T's annotations (`annotation.*`, where `meta/modality.json` declares them) in place of their numbers.
     LeRobot's language messages (columns of dtype "language") are left out: they are no text per row.
 
+    Of a dataset on the Hub only the files of these episodes and cameras are downloaded, all of the commit that the
+    revision named when it was opened. With `streaming`, videos and pictures in parquet stay where they are, and items
+    fetch what they need of them by range requests: from the Hub, or from any URL of a folder that fsspec knows.
+
+    In memory are the columns without pictures, 4 or 8 bytes for every number of a row: 100 for a robot with seven
+    dimensions of state and action, so 10 GB for 100 million rows, and up to 25 GB for the minutes that opening them
+    takes. Texts of a row's own (not by number) come on top: each some 60 bytes and its letters.
+
     Args:
-        source (`str` or `Path`): the folder of the dataset, or its name on the Hub.
+        source (`str` or `Path`): the folder of the dataset, its name on the Hub, or (to stream) its URL.
         delta_timestamps (`dict[str, list[float]]`, *optional*): column -> seconds relative to the row, multiples of
             1 / fps.
         episodes (`Iterable[int]`, *optional*): the episodes to read; all of them by default.
         cameras (`Sequence[str]`, *optional*): the cameras to decode, with or without `observation.images.`; all of
             them by default.
         revision (`str`, *optional*): branch, tag or commit of a dataset on the Hub.
+        camera_map (`Mapping[str, str]`, *optional*): role -> the dataset's camera, with or without
+            `observation.images.`: it is read under the role's name everywhere, in `cameras` and `delta_timestamps`
+            too. Other cameras keep theirs.
+        streaming (`bool`, defaults to `False`): leave the pictures where they are.
+        frame_cache ([`FrameCache`], *optional*): keeps decoded frames of videos.
+
+    Attributes:
+        name (`str`): the source.
+        revision (`str` or `None`): the commit of a dataset on the Hub.
 
     Raises:
         FileNotFoundError: a file of the dataset is missing.
@@ -48,19 +69,29 @@ class LeRobotEpisodes(Dataset):
         episodes: Iterable[int] | None = None,
         cameras: Sequence[str] | None = None,
         revision: str | None = None,
+        camera_map: Mapping[str, str] | None = None,
+        streaming: bool = False,
+        frame_cache: FrameCache | None = None,
     ):
-        self.name = str(source)
-        self.root = local_folder(source, revision)
-        self.info = schema.read_info(self.root)
+        self._files = DatasetFiles(source, revision, streaming)
+        self.name, self.root, self.revision = self._files.name, self._files.root, self._files.revision
+        info = schema.read_info(self.root)
+        self._own_keys = self._roles(info, camera_map or {})
+        roles = {own: role for role, own in self._own_keys.items()}
+        self.info = replace(info, features={roles.get(key, key): entry for key, entry in info.features.items()})
         self.tasks = schema.read_tasks(self.root, self.info)
         self.camera_keys = self._select_cameras(cameras)
-        self.episodes = self._select_episodes(episodes)
+        self.episodes = self._select_episodes(info, episodes)
         unread = {*self.info.camera_keys, *self.info.language_keys} - {*self.camera_keys}
         self.features = {key: feature for key, feature in self.info.features.items() if key not in unread}
         self._indexed = self._indexed_texts()
         self._deltas = self._delta_indices(delta_timestamps or {})
-        self._columns, self._rows = self._read_columns()
-        self._videos = VideoFrames()
+        self._rows = self._read_rows(whole=episodes is None)
+        open_file = self._files.open_video if self._files.remote else None
+        cameras = [key for key in self.camera_keys if self.features[key]["dtype"] == "video"]
+        self._videos = {key: VideoFrames(open_file=open_file) for key in cameras}  # each of them in one thread
+        self._frame_cache = frame_cache
+        self._fetch_videos(whole=episodes is None)
 
     @property
     def fps(self) -> float:
@@ -85,20 +116,22 @@ class LeRobotEpisodes(Dataset):
     @cached_property
     def statistics(self) -> dict[str, dict[str, np.ndarray]]:
         """The dataset's own statistics over all its episodes: key -> {"mean", "std", "min", "max", "count", ...}."""
-        return schema.read_statistics(self.root, self.info)
+        roles = {own: role for role, own in self._own_keys.items()}
+        statistics = schema.read_statistics(self.root, self.info)
+        return {roles.get(key, key): entry for key, entry in statistics.items()}
 
     def column(self, key: str) -> np.ndarray:
         """Return a column without decoding anything: `(num_frames, *shape)`, read-only."""
-        if key not in self._columns:
-            raise ValueError(f"{self.name}: no column {key!r}; it has {sorted(self._columns)}.")
-        view = self._columns[key].view()
+        if key not in self._rows.columns:
+            raise ValueError(f"{self.name}: no column {key!r}; it has {sorted(self._rows.columns)}.")
+        view = self._rows.columns[key].view()
         view.flags.writeable = False
         return view
 
     @property
     def text_columns(self) -> list[str]:
         """The keys of an item that hold text."""
-        texts = [key for key, column in self._columns.items() if self._is_text(key) and column.ndim == 1]
+        texts = [key for key, column in self._rows.columns.items() if self._is_text(key) and column.ndim == 1]
         return [*dict.fromkeys([*texts, *self._indexed])]
 
     def texts(self, key: str) -> np.ndarray:
@@ -112,7 +145,7 @@ class LeRobotEpisodes(Dataset):
         """
         if key in self._indexed:
             column, _, texts = self._indexed[key]
-            return np.array([texts[index] for index in self._columns[column]], dtype=object)
+            return np.array([texts[index] for index in self._rows.columns[column]], dtype=object)
         if key in self.text_columns:
             return self.column(key)
         hint = ""
@@ -123,6 +156,30 @@ class LeRobotEpisodes(Dataset):
         elif key in (schema.SUBTASK, schema.SUBTASK + schema.INDEX_SUFFIX):
             hint = " Subtasks are the column 'subtask_index' and meta/subtasks.parquet together, read as 'subtask'."
         raise ValueError(f"{self.name}: no text {key!r}; it has {self.text_columns}.{hint}")
+
+    def keep(self, mask: np.ndarray) -> "LeRobotEpisodes":
+        """Return the same dataset without the other rows: windows jump over what was taken out, such as idle frames.
+
+        Args:
+            mask (`np.ndarray` of shape `(num_frames,)`): bool; True where a row stays.
+
+        Raises:
+            ValueError: the mask has another shape or type, or keeps nothing.
+        """
+        mask = np.asarray(mask)
+        if mask.dtype != bool or mask.shape != (len(self),) or not mask.any():
+            raise ValueError(
+                f"{self.name}: expected a mask of {len(self)} bool, some of them True, came {mask.dtype} of shape "
+                f"{mask.shape}, {np.count_nonzero(mask)} of them True."
+            )
+        kept = copy.copy(self)
+        kept.__dict__.pop("episode_starts", None)
+        columns = {key: column[mask] for key, column in self._rows.columns.items()}
+        kept._rows = replace(self._rows, columns=columns, places=self._rows.places[mask])
+        lengths = np.add.reduceat(mask, self.episode_starts[:-1], dtype=np.int64).tolist()
+        episodes = zip(self.episodes, lengths, strict=True)
+        kept.episodes = [replace(episode, length=length) for episode, length in episodes if length]
+        return kept
 
     def windows(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Return every row's window of a column.
@@ -145,8 +202,10 @@ class LeRobotEpisodes(Dataset):
             raise IndexError(f"{self.name}: row {row} of {len(self)}")
         row %= len(self)
         windows = {key: self._window(row, key) for key in self._deltas}
-        item = {key: self._pictures(row, key, windows) for key in self.camera_keys}
-        for key, column in self._columns.items():
+        videos = side_by_side(lambda key: self._video_frames(row, key, windows), self._videos)
+        pictures = dict(zip(self._videos, videos, strict=True))
+        item = {key: self._pictures(row, key, windows, pictures) for key in self.camera_keys}
+        for key, column in self._rows.columns.items():
             if key in windows:
                 item[key] = torch.from_numpy(column[windows[key][0]])
             else:
@@ -154,7 +213,7 @@ class LeRobotEpisodes(Dataset):
         for key, (_, is_pad) in windows.items():
             item[key + schema.PAD_SUFFIX] = torch.from_numpy(is_pad)
         for key, (column, _, texts) in self._indexed.items():
-            item[key] = texts[self._columns[column][row]]
+            item[key] = texts[self._rows.columns[column][row]]
         return item
 
     def _is_text(self, key: str) -> bool:
@@ -176,7 +235,7 @@ class LeRobotEpisodes(Dataset):
         return feature["shape"] in ([1], []) and not self._is_text(key)
 
     def _episode_of(self, rows):
-        return np.searchsorted(self.episode_starts, rows, side="right") - 1
+        return self.episode_starts.searchsorted(rows, side="right") - 1
 
     def _window(self, rows, key: str) -> tuple[np.ndarray, np.ndarray]:
         position = self._episode_of(rows)
@@ -185,45 +244,52 @@ class LeRobotEpisodes(Dataset):
         inside = np.minimum(np.maximum(wanted, np.expand_dims(first, -1)), np.expand_dims(last, -1))
         return inside, inside != wanted
 
-    def _pictures(self, row: int, key: str, windows: dict) -> torch.Tensor:
-        rows = windows[key][0] if key in windows else [row]
-        if self.features[key]["dtype"] == "video":
-            pictures = self._video_frames(row, rows, key)
-        else:
-            pictures = np.stack([self._image(frame, key) for frame in rows])
-        pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float().div_(255)
+    def _pictures(self, row: int, key: str, windows: dict, videos: dict[str, np.ndarray]) -> torch.Tensor:
+        pictures = videos.get(key)
+        if pictures is None:
+            pictures = np.stack([self._image(frame, key) for frame in (windows[key][0] if key in windows else [row])])
+        pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        pictures = pictures.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         return pictures if key in windows else pictures[0]
 
-    def _video_frames(self, row: int, rows, key: str) -> np.ndarray:
-        episode = self.episodes[self._episode_of(row)]
-        path, start = episode.videos[key]
+    def _video_frames(self, row: int, key: str, windows: dict) -> np.ndarray:
+        path, start = self.episodes[self._episode_of(row)].videos[key]
+        times = self._rows.columns["timestamp"][windows[key][0] if key in windows else [row]]
+        seconds = [start + time for time in times.tolist()]
         try:
-            return self._videos.read(path, [start + float(time) for time in self._columns["timestamp"][rows]])
+            if self._frame_cache is None:
+                return self._videos[key].read(path, seconds)
+            return self._frame_cache.read(path, seconds, self._videos[key].read)
         except (ValueError, OSError) as error:
-            raise type(error)(f"{self.name}, {_place(self._columns, row)}, {key}: {error}") from error
+            raise type(error)(f"{self.name}, {place(self._rows.columns, row)}, {key}: {error}") from error
 
     def _image(self, row: int, key: str) -> np.ndarray:
-        data = self._images.data[key][int(self._rows[row])]["bytes"].as_py()
         try:
-            if not data:
-                raise ValueError("the picture has no bytes; was it left in a file of its own?")
-            with Image.open(io.BytesIO(data)) as image:
-                if image.mode.startswith(("I", "F")):  # convert() would clip them to white
-                    raise ValueError(
-                        f"expected 8 bits per channel, came mode {image.mode!r}; see `cameras` to skip it."
-                    )
-                return np.asarray(image.convert("RGB"))
-        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError and more
-            raise ValueError(f"{self.name}, {_place(self._columns, row)}, {key}: {error}") from error
+            return decoded(self._encoded.encoded(self._own_keys[key], int(self._rows.places[row])))
+        except (ValueError, OSError) as error:
+            raise type(error)(f"{self.name}, {place(self._rows.columns, row)}, {key}: {error}") from error
 
     @cached_property
-    def _images(self):
-        import datasets
-
-        # Memory-mapped by `datasets`: pictures in parquet are too many for memory, and parquet has no random access.
-        files = [str(path) for path in schema.data_files(self.root, self.info)]
+    def _encoded(self) -> MappedPictures | ParquetPictures:
+        if self._files.remote:
+            return ParquetPictures(self._rows, self._files.open_remote)
         cameras = [key for key in self.camera_keys if self.features[key]["dtype"] == "image"]
-        return datasets.load_dataset("parquet", data_files=files, columns=cameras, split="train")
+        return MappedPictures(self._rows.files, [self._own_keys[key] for key in cameras])
+
+    def _roles(self, info: schema.DatasetInfo, camera_map: Mapping[str, str]) -> dict[str, str]:
+        """Return the dataset's own key of every camera, by the key it is read under."""
+        known = info.camera_keys
+        own = {key: schema.camera_key(role) for role, key in camera_map.items()}
+        own = {key if key in known else schema.camera_key(key): role for key, role in own.items()}
+        if unknown := sorted(set(own) - set(known)):
+            raise ValueError(f"{self.name}: no camera {unknown} for the roles of camera_map; it has {known}.")
+        roles = {own.get(key, key): key for key in known}
+        if len(own) < len(camera_map) or len(roles) < len(known):
+            raise ValueError(
+                f"{self.name}: expected another role of camera_map for each of its cameras {known}, came "
+                f"{dict(camera_map)}; a role may not be the name of a camera that keeps its own."
+            )
+        return roles
 
     def _select_cameras(self, cameras: Sequence[str] | None) -> list[str]:
         known = self.info.camera_keys
@@ -236,8 +302,11 @@ class LeRobotEpisodes(Dataset):
             raise ValueError(f"{self.name}: no camera {sorted(wanted - set(known))}; it has {known}.")
         return [key for key in known if key in wanted]
 
-    def _select_episodes(self, episodes: Iterable[int] | None) -> list[schema.Episode]:
-        known = schema.read_episodes(self.root, self.info)
+    def _select_episodes(self, info: schema.DatasetInfo, episodes: Iterable[int] | None) -> list[schema.Episode]:
+        known = schema.read_episodes(self.root, info)
+        if any(role != own for role, own in self._own_keys.items()):
+            roles = {own: role for role, own in self._own_keys.items()}
+            known = [replace(e, videos={roles[key]: video for key, video in e.videos.items()}) for e in known]
         if episodes is None:
             return known
         wanted = {as_index(number) for number in episodes}
@@ -267,88 +336,49 @@ class LeRobotEpisodes(Dataset):
             deltas[key] = np.round(steps).astype(np.int64)
         return deltas
 
-    def _read_columns(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Return the columns in order of the rows' own number, and each row's place in the files."""
+    def _read_rows(self, whole: bool) -> Rows:
+        """Read these episodes' rows, of the files that the table of episodes names if they are there."""
         features = {key: feature for key, feature in self.features.items() if key not in self.camera_keys}
-        columns = schema.read_columns(schema.data_files(self.root, self.info), features)
-        rows = np.argsort(columns["index"], kind="stable")
-        rows = rows[np.isin(columns["episode_index"][rows], [episode.index for episode in self.episodes])]
-        columns = {key: column[rows] for key, column in columns.items()}
-        self._check_rows(columns)
+        has_images = any(feature["dtype"] == "image" for feature in self.info.features.values())
+        here = not self._files.remote or not has_images  # files without pictures are fetched whole
+        rows, pattern = None, schema.data_pattern(self.info)
+        if not whole:
+            named = {episode.data for episode in self.episodes}
+            if here:
+                self._files.fetch_files(named)
+            if files := [path for path in self._files.glob(pattern) if path in named]:
+                rows = read_rows(files, features, self.episodes, self._open_file)
+                lengths = [episode.length for episode in self.episodes]
+                rows = rows if (row_counts(rows.columns, self.episodes) == lengths).all() else None
+        if rows is None:
+            if here:
+                self._files.fetch(pattern)
+            if not (files := self._files.glob(pattern)):
+                raise FileNotFoundError(f"{self.root / pattern}: no such file; the dataset is incomplete.")
+            rows = read_rows(files, features, self.episodes, self._open_file)
+        self._check(rows.columns)
+        return rows
+
+    @property
+    def _open_file(self):
+        return self._files.open_remote if self._files.remote else None
+
+    def _check(self, columns: dict[str, np.ndarray]):
+        check_order(self.name, columns, self.episodes)
         optional = {key for key, _, texts in self._indexed.values() if -1 in texts}
         with_nulls = [key for key in optional if columns[key].dtype.kind != "i"]
         for key in with_nulls:  # a row without a number has no text, like one of number -1
             missing = [number is None or number != number for number in columns[key].tolist()]
             columns[key] = np.where(missing, -1, columns[key])
-        self._check_texts(columns)
+        check_texts(self.name, columns, self._indexed)
         columns |= {key: columns[key].astype(np.int64) for key in with_nulls}
-        self._check_finite(columns)
-        return columns, rows
+        check_finite(self.name, columns)
 
-    def _check_rows(self, columns: dict[str, np.ndarray]):
-        table = np.array([(episode.index, episode.length) for episode in self.episodes], np.int64).reshape(-1, 2)
-        numbers, lengths = table.T
-        wanted = np.bincount(numbers, lengths).astype(np.int64)
-        counts = np.bincount(columns["episode_index"], minlength=len(wanted))
-        wrong = counts != wanted
-        if wrong.any():
-            number = wrong.argmax()
-            raise ValueError(
-                f"{self.name}: the table of episodes gives episode {number} {wanted[number]} rows, the data files "
-                f"have {counts[number]} for it; the dataset was not written completely, or written twice."
-            )
-        frames = np.arange(len(self)) - np.repeat(self.episode_starts[:-1], lengths)
-        wrong = (columns["episode_index"] != np.repeat(numbers, lengths)) | (columns["frame_index"] != frames)
-        wrong[1:] |= np.diff(columns["index"]) == 0
-        if wrong.any():
-            row = wrong.argmax()
-            raise ValueError(
-                f"{self.name}: the row of index {columns['index'][row]}, {_place(columns, row)}, does not follow the "
-                "one before it; expected the rows of every episode once each, frames counted from 0. Write them anew."
-            )
-
-    def _check_texts(self, columns: dict[str, np.ndarray]):
-        for column, table, texts in self._indexed.values():
-            unknown = ~np.isin(columns[column], list(texts))
-            if unknown.any():
-                row = unknown.argmax()
-                raise ValueError(
-                    f"{self.name}: {column} {columns[column][row]} of {_place(columns, row)} is none of the dataset's "
-                    f"{sum(number >= 0 for number in texts)} {table}(s); add it to meta/{table}s, or leave the "
-                    "episode out with `episodes`."
-                )
-
-    def _check_finite(self, columns: dict[str, np.ndarray]):
-        for key, column in columns.items():
-            if key.startswith((schema.ACTION, "observation.")) and column.dtype.kind == "f":
-                rows = np.argwhere(~np.isfinite(column))
-                if len(rows):
-                    row = rows[0, 0]
-                    raise ValueError(
-                        f"{self.name}: {key!r} is NaN or infinite in {len(np.unique(rows[:, 0]))} row(s), first in "
-                        f"{_place(columns, row)}; leave the episode out with `episodes` or mend the data."
-                    )
-
-
-def _place(columns: dict[str, np.ndarray], row: int) -> str:
-    return f"episode {columns['episode_index'][row]}, frame {columns['frame_index'][row]}"
-
-
-def local_folder(source: str | Path, revision: str | None) -> Path:
-    """Folder of a dataset; one on the Hub is downloaded.
-
-    Args:
-        source (`str` or `Path`): the folder, or its name on the Hub.
-        revision (`str`, *optional*): branch, tag or commit on the Hub.
-
-    Raises:
-        FileNotFoundError: there is no such folder, and it is no dataset's name.
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if not isinstance(source, str) or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise FileNotFoundError(f"{source}: no such folder, and no dataset name of the form owner/name either.")
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(source, repo_type="dataset", revision=revision))
+    def _fetch_videos(self, whole: bool) -> None:
+        if self._files.remote:
+            return
+        cameras = [key for key in self.camera_keys if self.features[key]["dtype"] == "video"]
+        if whole:
+            self._files.fetch([schema.video_pattern(self.info, self._own_keys[key]) for key in cameras])
+        else:
+            self._files.fetch_files({episode.videos[key][0] for episode in self.episodes for key in cameras})

@@ -1,4 +1,4 @@
-"""The files of a LeRobot dataset (v2.1 and v3.0): what is where, read and checked once.
+"""The files of a LeRobot dataset (v2.0, v2.1 and v3.0): what is where, read and checked once.
 
 Source: https://huggingface.co/docs/lerobot/lerobot-dataset-v3
 """
@@ -6,6 +6,7 @@ Source: https://huggingface.co/docs/lerobot/lerobot-dataset-v3
 import json
 import re
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ TASK = "task"
 SUBTASK = "subtask"
 INDEX_SUFFIX = "_index"
 PAD_SUFFIX = "_is_pad"
-VERSIONS = ("v2.1", "v3.0")
+VERSIONS = ("v2.0", "v2.1", "v3.0")
+BY_EPISODE = VERSIONS[:2]  # a file for every episode, tables as jsonl; v2.0 has v3.0's file of statistics
 # Seconds by which a timestamp may miss a video frame, and a delta a multiple of 1 / fps (LeRobot's own tolerance).
 TOLERANCE_S = 1e-4
 
@@ -28,12 +30,12 @@ class DatasetInfo:
     """What `meta/info.json` says.
 
     Args:
-        codebase_version (`str`): "v2.1" or "v3.0".
+        codebase_version (`str`): "v2.0", "v2.1" or "v3.0".
         fps (`float`): rows per second.
         features (`dict`): column name -> {"dtype", "shape", "names"}.
         data_path (`str`): template of the parquet files.
         video_path (`str`, *optional*): template of the video files.
-        chunks_size (`int`): files (v2.1: episodes) per chunk folder.
+        chunks_size (`int`): files (before v3.0: episodes) per chunk folder.
         robot_type (`str`, *optional*): name of the robot.
     """
 
@@ -58,11 +60,15 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class Episode:
-    """One episode: its number, its rows, and where each camera's pictures are (file, start in seconds)."""
+    """One episode: its number, its rows, where each camera's pictures are (file, start in seconds), and its rows.
+
+    The file of the rows is the one that the table of episodes names, which need not be right (see `data_files`).
+    """
 
     index: int
     length: int
     videos: dict[str, tuple[Path, float]]
+    data: Path | None = None
 
 
 def camera_key(name: str) -> str:
@@ -96,7 +102,7 @@ def read_info(root: Path) -> DatasetInfo:
 
 def read_tasks(root: Path, info: DatasetInfo) -> dict[int, str]:
     """Read the instructions: `task_index` -> text, which may be empty."""
-    if info.codebase_version == "v2.1":
+    if info.codebase_version in BY_EPISODE:
         return {row["task_index"]: row["task"] for row in _read_jsonl(root, "meta/tasks.jsonl")}
     return _read_texts(_existing(root, "meta/tasks.parquet"), TASK)
 
@@ -133,22 +139,46 @@ def read_episodes(root: Path, info: DatasetInfo) -> list[Episode]:
     """Read the table of episodes, in order."""
     videos = [key for key in info.camera_keys if info.features[key]["dtype"] == "video"]
     episodes = []
-    if info.codebase_version == "v2.1":
+    if info.codebase_version in BY_EPISODE:
         for row in _read_jsonl(root, "meta/episodes.jsonl"):
             index = row["episode_index"]
             place = {"episode_chunk": index // info.chunks_size, "episode_index": index}
             files = {key: (root / info.video_path.format(video_key=key, **place), 0.0) for key in videos}
-            episodes.append(Episode(index, row["length"], files))
+            episodes.append(Episode(index, row["length"], files, root / info.data_path.format(**place)))
     else:
         parts = ("chunk_index", "file_index", "from_timestamp")
         columns = ["episode_index", "length", *(f"videos/{key}/{part}" for key in videos for part in parts)]
+        columns += [f"data/{part}" for part in parts[:2]]
+        path = cache(root.joinpath)  # the episodes of one file share its path
         for row in _read_parquets(root, "meta/episodes/*/*.parquet", columns).to_pylist():
             files = {}
             for key in videos:
                 chunk, file, start = (row[f"videos/{key}/{part}"] for part in parts)
-                files[key] = (root / info.video_path.format(video_key=key, chunk_index=chunk, file_index=file), start)
-            episodes.append(Episode(row["episode_index"], row["length"], files))
+                files[key] = (path(info.video_path.format(video_key=key, chunk_index=chunk, file_index=file)), start)
+            chunk, file = (row[f"data/{part}"] for part in parts[:2])
+            data = path(info.data_path.format(chunk_index=chunk, file_index=file))
+            episodes.append(Episode(row["episode_index"], row["length"], files, data))
     return sorted(episodes, key=lambda episode: episode.index)
+
+
+def read_lengths(root: Path, info: DatasetInfo) -> tuple[np.ndarray, np.ndarray]:
+    """Read every episode's number and how many rows it has, of a million episodes in a second."""
+    columns = ["episode_index", "length"]
+    if info.codebase_version in BY_EPISODE:
+        rows = [[row[name] for name in columns] for row in _read_jsonl(root, "meta/episodes.jsonl")]
+        return tuple(np.array(rows, np.int64).reshape(-1, 2).T)
+    table = _read_parquets(root, "meta/episodes/*/*.parquet", columns)
+    return tuple(table[name].to_numpy().astype(np.int64) for name in columns)
+
+
+def data_pattern(info: DatasetInfo) -> str:
+    """Return the pattern that all files of rows fit."""
+    return re.sub(r"\{[^}]*\}", "*", info.data_path)
+
+
+def video_pattern(info: DatasetInfo, key: str) -> str:
+    """Return the pattern that all files of a camera fit."""
+    return re.sub(r"\{[^}]*\}", "*", info.video_path.replace("{video_key}", key))
 
 
 def data_files(root: Path, info: DatasetInfo) -> list[Path]:
@@ -156,8 +186,7 @@ def data_files(root: Path, info: DatasetInfo) -> list[Path]:
 
     LeRobot 0.4's converter writes wrong file numbers into the table of episodes: the files are listed, not looked up.
     """
-    pattern = re.sub(r"\{[^}]*\}", "*", info.data_path)
-    return _glob(root, pattern)
+    return _glob(root, data_pattern(info))
 
 
 def read_columns(files: list[Path], features: dict[str, dict]) -> dict[str, np.ndarray]:
@@ -171,11 +200,23 @@ def read_columns(files: list[Path], features: dict[str, dict]) -> dict[str, np.n
         ValueError: a column is missing, or its rows do not have the shape that `meta/info.json` gives, or are no text
             where that says so.
     """
-    names = pq.read_schema(files[0]).names
+    parts = [file_columns(pq.ParquetFile(path), path, features) for path in files]
+    return {key: np.concatenate([part.pop(key) for part in parts]) for key in features}
+
+
+def file_columns(parquet: pq.ParquetFile, path: Path, features: dict[str, dict]) -> dict[str, np.ndarray]:
+    """Read the rows of some columns of one file: see `read_columns`.
+
+    Args:
+        parquet (`pq.ParquetFile`): the file, opened wherever it is.
+        path (`Path`): names it in errors.
+        features (`dict[str, dict]`): the columns, as `meta/info.json` has them.
+    """
+    names = parquet.schema_arrow.names
     missing = sorted(set(features) - set(names))
     if missing:
-        raise ValueError(f"{files[0]}: meta/info.json declares the columns {missing}, the file has {names}.")
-    table = pq.read_table(files, columns=list(features))
+        raise ValueError(f"{path}: meta/info.json declares the columns {missing}, the file has {names}.")
+    table = parquet.read(columns=list(features))
     columns = {}
     for key, feature in features.items():
         values = table[key].combine_chunks()
@@ -186,17 +227,29 @@ def read_columns(files: list[Path], features: dict[str, dict]) -> dict[str, np.n
             values = values.astype(np.float32 if values.dtype.kind == "f" else np.int64, copy=False)
         if feature["dtype"] == "string" and (other := next(filter(_is_no_text, values.tolist()), None)) is not None:
             raise ValueError(
-                f"{files[0].parent.parent}: meta/info.json declares column {key!r} as text, but it holds {other!r}; "
+                f"{path}: meta/info.json declares column {key!r} as text, but it holds {other!r}; "
                 "write its values as text, or declare them as what they are."
             )
         shape = () if tuple(feature["shape"]) == (1,) else tuple(feature["shape"])
         if values.size != table.num_rows * int(np.prod(shape)):
             raise ValueError(
-                f"{files[0].parent.parent}: column {key!r} should hold {table.num_rows} rows of shape {shape}, "
+                f"{path}: column {key!r} should hold {table.num_rows} rows of shape {shape}, "
                 f"but holds {values.size} values."
             )
         columns[key] = values.reshape(table.num_rows, *shape)
     return columns
+
+
+def flat_names(names) -> list:
+    """Names of a feature's numbers as datasets write them, in order; empty where there are none.
+
+    They are a list, `{"x": 0, "y": 1}`, groups such as `{"motors": [...]}`, or lists in lists.
+    """
+    if isinstance(names, dict):
+        if all(place in names.values() for place in range(len(names))):
+            return sorted(names, key=names.get)
+        names = list(names.values())
+    return [name for each in names for name in flat_names(each)] if isinstance(names, list) else [names] * bool(names)
 
 
 def read_statistics(root: Path, info: DatasetInfo) -> dict[str, dict[str, np.ndarray]]:
