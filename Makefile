@@ -12,6 +12,7 @@ MODEL ?= spatialvla
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+RLDS := $(VENV)/.installed-rlds
 
 .PHONY: demo test check format install
 .DEFAULT_GOAL := test
@@ -25,10 +26,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev]"
 	touch $@
 
+# TensorFlow, 1.5 GB, which the tests alone need
+$(RLDS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[rlds]"
+	touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/python scripts/demo.py --model $(MODEL)
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(RLDS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(INSTALLED)
