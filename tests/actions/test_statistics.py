@@ -1,6 +1,7 @@
 import json
 import logging
 import re
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -178,3 +179,24 @@ def test_statistics_that_were_read_cannot_go_on(rows):
     for go_on in (lambda: read.update(rows), lambda: read.merge(gathered(rows)), lambda: gathered(rows).merge(read)):
         with pytest.raises(ValueError, match="read from a file, where the rows are gone"):
             go_on()
+
+
+@pytest.mark.parametrize("limit", [10**6, 1000])
+def test_another_process_can_go_on(rows, limit):
+    statistics = gathered(rows[:3000], max_exact_rows=limit)
+    received = ForkingPickler.loads(ForkingPickler.dumps(statistics))
+    for name, values in statistics.summary().items():
+        np.testing.assert_array_equal(received.summary()[name], values)
+    received.update(rows[3000:])
+    assert received.count == 5000 and statistics.count == 3000
+    if limit > 5000:
+        assert_equals_numpy(received, rows)
+    assert gathered(rows[3000:]).merge(received).count == 7000
+
+
+def test_float32_rows_are_kept_as_they_are_and_counted_in_float64(rows):
+    rows = rows.astype(np.float32)
+    statistics = gathered(rows[:2000], rows[2000:])
+    assert sum(piece.nbytes for piece in statistics._rows) == rows.nbytes
+    assert_equals_numpy(statistics, rows.astype(np.float64))
+    assert {values.dtype for values in statistics.summary().values()} == {np.dtype(np.float64)}

@@ -38,11 +38,12 @@ class ActionStatistics:
     """Mean, std, min, max, quantiles and count of rows that arrive in pieces, or from several workers.
 
     Mean and std are Welford's, merged by Chan's formula in float64; std is the population's (numpy's default).
-    Quantiles are exact (numpy's linear interpolation) up to `max_exact_rows` rows, which are kept in float64 (56 bytes
-    per 7-D row). Beyond it they come from one KLL sketch per dimension (Apache DataSketches, k = 8192, about 200 kB
-    per dimension), whose published rank error is 0.04 % at 99 % confidence: "q01" is the true value of a rank between
-    0.0096 and 0.0104. Measured on 3 million rows: at most 0.021 %. The sketch draws random numbers, so its quantiles
-    vary within that error from run to run and with the order of merging; everything else does not.
+    Quantiles are exact (numpy's linear interpolation) up to `max_exact_rows` rows, which are kept as they are (28
+    bytes per 7-D float32 row). Beyond it they come from one KLL sketch per dimension (Apache DataSketches, k = 8192,
+    about 200 kB per dimension), whose published rank error is 0.04 % at 99 % confidence: "q01" is the true value of a
+    rank between 0.0096 and 0.0104. Measured on 3 million rows: at most 0.021 %. The sketch draws random numbers, so
+    its quantiles vary within that error from run to run and with the order of merging; everything else does not.
+    Statistics can be handed to another process.
 
     Args:
         max_exact_rows (`int`): rows up to which quantiles are exact.
@@ -56,7 +57,7 @@ class ActionStatistics:
         self._mean = self._squares = self._min = self._max = np.empty(
             0
         )  # squares: sum of squared deviations from the mean
-        self._rows: list[np.ndarray] = []  # exact as long as there are no sketches
+        self._rows: list[np.ndarray] = []  # (D, rows) each; exact as long as there are no sketches
         self._sketches: list[kll_doubles_sketch] | None = None
         self._final: dict[str, np.ndarray] | None = None  # statistics that were read, not computed
 
@@ -75,14 +76,18 @@ class ActionStatistics:
         if actions.ndim == 0:
             raise ValueError("Expected actions of shape (..., action_dim), came a single number.")
         check_finite(actions)
-        rows = np.array(actions.reshape(-1, actions.shape[-1]), dtype=np.float64)  # a copy: the caller may reuse his
-        if (largest := np.abs(rows).max(initial=0.0)) > LARGEST:
+        # a copy, since the caller may reuse his; dimensions first: a pass along a row of memory is 8 times as fast
+        dtype = np.float32 if actions.dtype == np.float32 else np.float64
+        columns = np.array(actions.reshape(-1, actions.shape[-1]).T, dtype=dtype, order="C")
+        if not columns.shape[1]:
+            return
+        low, high = columns.min(axis=1).astype(np.float64), columns.max(axis=1).astype(np.float64)
+        if (largest := np.abs([low, high]).max(initial=0.0)) > LARGEST:
             raise ValueError(f"Expected actions of at most {LARGEST:g} in magnitude, came {largest:g}; repair them.")
-        if len(rows):
-            mean = rows.mean(axis=0)
-            squares = np.square(rows - mean).sum(axis=0)
-            self._combine(len(rows), mean, squares, rows.min(axis=0), rows.max(axis=0))
-            self._keep(rows)
+        mean = columns.mean(axis=1, dtype=np.float64)
+        squares = np.square(columns - mean[:, None]).sum(axis=1)
+        self._combine(columns.shape[1], mean, squares, low, high)
+        self._keep(columns)
 
     def merge(self, other: "ActionStatistics") -> "ActionStatistics":
         """Add the rows of other `ActionStatistics` (a worker's, a dataset's); returns self.
@@ -94,8 +99,8 @@ class ActionStatistics:
         self._require_open(other)
         if other.count:
             self._combine(other.count, other._mean, other._squares, other._min, other._max)
-            for rows in list(other._rows):
-                self._keep(rows)
+            for columns in list(other._rows):
+                self._keep(columns)
             if other._sketches is not None:
                 for sketch, added in zip(self._to_sketches(), other._sketches, strict=True):
                     sketch.merge(added)
@@ -113,7 +118,8 @@ class ActionStatistics:
             raise ValueError("Expected at least one row of actions before the statistics are asked for, came none.")
         ranks = list(QUANTILES.values())
         if self._sketches is None:
-            quantiles = np.quantile(np.concatenate(self._rows), ranks, axis=0)
+            dimensions = (np.concatenate(pieces, dtype=np.float64) for pieces in zip(*self._rows, strict=True))
+            quantiles = np.stack([np.quantile(values, ranks) for values in dimensions], axis=1)
         else:
             quantiles = np.stack([sketch.get_quantiles(ranks) for sketch in self._sketches], axis=1)
         moments = {"mean": self._mean, "std": np.sqrt(self._squares / self.count), "min": self._min, "max": self._max}
@@ -187,21 +193,31 @@ class ActionStatistics:
         self._min, self._max = np.minimum(self._min, minimum), np.maximum(self._max, maximum)
         self.count = total
 
-    def _keep(self, rows):
+    def __getstate__(self):
+        """Return what another process needs to go on: sketches as bytes."""
+        sketches = self._sketches and [sketch.serialize() for sketch in self._sketches]
+        return vars(self) | {"_sketches": sketches}
+
+    def __setstate__(self, state):
+        sketches = state["_sketches"] and [kll_doubles_sketch.deserialize(data) for data in state["_sketches"]]
+        vars(self).update(state | {"_sketches": sketches})
+
+    def _keep(self, columns):
         if self._sketches is None:
-            self._rows.append(rows)
+            self._rows.append(columns)
             if self.count > self.max_exact_rows:
                 self._to_sketches()
         else:
-            for sketch, column in zip(self._sketches, rows.T, strict=True):
-                sketch.update(column)
+            for sketch, values in zip(self._sketches, columns, strict=True):
+                # KLL's own sorting is what takes its time, and numpy's is vectorised: sorted pieces, 4 times the speed
+                sketch.update(np.sort(values).astype(np.float64))
 
     def _to_sketches(self):
         if self._sketches is None:
             self._sketches = [kll_doubles_sketch(_SKETCH_SIZE) for _ in self._mean]
             kept, self._rows = self._rows, []
-            for rows in kept:
-                self._keep(rows)
+            for columns in kept:
+                self._keep(columns)
         return self._sketches
 
     @staticmethod

@@ -1,0 +1,95 @@
+import json
+
+import numpy as np
+import pytest
+
+from hf_vla.actions.codec import ActionCodec
+from hf_vla.actions.normalization import ActionNormalizer
+from hf_vla.actions.tokenizers.fast import FastTokenizer
+from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer
+from hf_vla.actions.tokenizers.registry import ACTION_TOKENIZERS
+from hf_vla.data.grids import fit_tokenizers
+from hf_vla.data.lerobot import LeRobotEpisodes
+from hf_vla.data.scan import DatasetScan, plan_scan
+
+
+def scanned(root, **kwargs):
+    scan = DatasetScan(plan_scan(root, **kwargs))
+    for path in scan.plan.files:
+        list(scan.read(path))
+    return scan
+
+
+@pytest.fixture(scope="module")
+def root(goldens):
+    return goldens / "lerobot" / "datasets" / "v30_video_av1"
+
+
+@pytest.fixture(scope="module")
+def scan(root):
+    return scanned(root, chunk_size=8)
+
+
+@pytest.mark.parametrize("name", sorted(ACTION_TOKENIZERS))
+def test_every_representation_is_fitted_and_serves_in_a_checkpoint(scan, root, name):
+    fitted, refused = fit_tokenizers(scan)
+    assert refused == {} and list(fitted) == list(ACTION_TOKENIZERS)
+    entry = json.loads(json.dumps(fitted[name]))
+    statistics = {"mine": {"action": scan.columns["action"].statistics.to_dict()}}
+    codec = ActionCodec(statistics, {"chunk_size": 8, **entry})
+    chunks = LeRobotEpisodes(root).column("action")[: 8 * 8].reshape(8, 8, 7)
+    decoded = codec.decode(codec.encode(chunks, "mine"), "mine")
+    normalizer = codec.normalizer("mine")
+    assert decoded.shape == chunks.shape
+    # FAST's bound takes every coefficient for half a step off; the grid's are ranges of whole cells
+    error = np.abs(normalizer.normalize(decoded) - normalizer.normalize(chunks)).max(axis=(0, 1))
+    assert (error <= codec.tokenizer.resolution() + 1e-6).all()
+
+
+def test_the_grid_is_the_one_that_the_training_fits(scan, root):
+    actions = LeRobotEpisodes(root).column("action")
+    entry = fit_tokenizers(scan)[0]["gaussian_grid"]
+    assert entry["normalization"] == {
+        "mode": ["quantile"] * 6 + ["zero_one"],
+        "clip": True,
+        "convention": "spatialvla",
+    }
+    codec = ActionCodec({"mine": {"action": scan.columns["action"].statistics.to_dict()}}, {"chunk_size": 8, **entry})
+    expected = GaussianGridTokenizer.fit(codec.normalizer().normalize(actions))
+    for axis, edges in expected.edges.items():
+        np.testing.assert_allclose(entry["tokenizer"]["edges"][axis], edges, atol=1e-6)
+
+
+def test_fast_is_fitted_to_normalised_chunks_of_the_size_asked_for(scan, root):
+    dataset = LeRobotEpisodes(root)
+    starts = dataset.episode_starts
+    chunks = [
+        dataset.column("action")[first : first + 8]
+        for begin, end in zip(starts[:-1], starts[1:], strict=True)
+        for first in range(begin, end - 7)
+    ]
+    entry = fit_tokenizers(scan)[0]["fast"]
+    normalizer = ActionNormalizer(scan.columns["action"].statistics.summary(), **entry["normalization"])
+    expected = FastTokenizer.fit(normalizer.normalize(np.stack(chunks)))
+    assert entry["tokenizer"] == expected.to_dict() and expected.horizon == 8
+
+
+def test_what_does_not_fit_is_said_in_words(write_dataset, scan):
+    root, _ = write_dataset([10, 12])
+    fitted, refused = fit_tokenizers(scanned(root))
+    assert list(fitted) == ["uniform"] and fitted["uniform"]["tokenizer"]["action_dim"] == 2
+    assert "4 (translation, gripper); these actions have 2" in refused["gaussian_grid"]
+    assert refused["fast"] == "it is fitted to 16 consecutive actions, and no episode has as many"
+    long, _ = write_dataset([3000])
+    assert "Raise vocab_size" in fit_tokenizers(scanned(long, chunk_size=2700))[1]["fast"]
+    without = fit_tokenizers(scanned(root, columns=["observation.state"]))
+    assert without == ({}, dict.fromkeys(ACTION_TOKENIZERS, "there are no rows of 'action'"))
+
+
+def test_datasets_without_one_good_row_have_no_grid(write_dataset):
+    def spoil(columns):
+        columns["action"][:] = np.nan
+
+    root, _ = write_dataset([10], change=spoil)
+    fitted, refused = fit_tokenizers(scanned(root))
+    assert fitted == {} and refused.keys() == ACTION_TOKENIZERS.keys()
