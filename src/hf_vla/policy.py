@@ -1,5 +1,7 @@
 """A checkpoint as a controller: an observation goes in, one action comes out."""
 
+from collections import deque
+
 import numpy as np
 import torch
 from transformers import AutoModel, AutoProcessor
@@ -7,6 +9,7 @@ from transformers import AutoModel, AutoProcessor
 from hf_vla.actions.chunking import RecedingHorizon, TemporalEnsembler
 from hf_vla.actions.spec import whole_number
 from hf_vla.models.base import check_folder
+from hf_vla.models.images import to_rgb
 
 IMAGES = "observation.images."
 DEPTH = "observation.depth."
@@ -23,6 +26,10 @@ class Policy:
     A model that reasons in words does so before every prediction, which takes much of the time; with
     `reasoning_interval` it acts several times under what it said. `policy.reasoning` is the text under which the last
     prediction was made; None before the first, and for models that act without words.
+
+    A checkpoint that sees several observations (`n_obs_steps` above 1) gets those of the last control steps, which the
+    policy keeps: those of every call of `select_action` and `predict_chunk` since `reset`, under one instruction.
+    Before them there is nothing, as where an episode begins in training.
 
     ```python
     policy = Policy.from_pretrained("outputs/demo/model")
@@ -89,6 +96,7 @@ class Policy:
         self._horizon = RecedingHorizon(steps)
         self._ensembler = None if ensemble_coefficient is None else TemporalEnsembler(ensemble_coefficient)
         self.takes_state = codec.takes_state
+        self._past = deque(maxlen=codec.n_obs_steps - 1)  # what the processor needs of earlier observations
         self._options = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
         self._seed = seed
         if seed is not None:
@@ -121,7 +129,11 @@ class Policy:
         return cls(model, processor, unnorm_key, **options)
 
     def reset(self):
-        """Forget predictions and reasoning and draw from the seed anew; call it when an episode starts."""
+        """Forget observations, predictions and reasoning and draw from the seed anew, as an episode starts."""
+        self._past.clear()
+        self._restart()
+
+    def _restart(self):
         self._forget()
         self._task = None
         if self._seed is not None:
@@ -135,7 +147,7 @@ class Policy:
             self._ensembler.reset()
 
     def predict_chunk(self, observation, reasoning=None):
-        """Predict the next actions; keeps the reasoning and the place among the seed's random numbers, no actions.
+        """Predict the next actions; keeps observation, reasoning and the place among the seed's numbers, no actions.
 
         Args:
             observation (`dict`): `observation.images.<camera>` (H, W, 3) uint8 (or whatever the processor takes) of
@@ -153,15 +165,16 @@ class Policy:
             ValueError: the observation lacks something that the checkpoint needs, which the text names, or the model
                 acts without words. Such a call counts for nothing.
         """
-        inputs, task, options = self._inputs(observation, reasoning), observation[TASK], self._options
+        seen, task, options = self._inputs(observation, reasoning), observation[TASK], self._options
         recalled = reasoning is None and self._due > 0 and self._said[0] == task
         if recalled:
             options = {**options, "reasoning_ids": self._said[1]}
         elif reasoning is None:
             options = {**options, **self._reasoning_options}
-        inputs = self.processor(**inputs, unnorm_key=self.unnorm_key, return_tensors="pt")
+        inputs = self.processor(**self._with_past(seen), unnorm_key=self.unnorm_key, return_tensors="pt")
         output = self.model.predict_action(**inputs.to(self.model.device), **options)
         (chunk,) = self.processor.decode_actions(output, self.unnorm_key)
+        self._remember(seen)
         if reasoning is not None:
             self.reasoning, self._due = reasoning.strip(), 0  # as the processor strips it
         elif recalled:
@@ -186,9 +199,9 @@ class Policy:
         Raises:
             ValueError: see `predict_chunk`.
         """
-        self._inputs(observation, reasoning)  # checked at every step, also while a chunk is being executed
+        seen = self._inputs(observation, reasoning)  # checked at every step, also while a chunk is being executed
         if observation[TASK] != self._task:
-            self.reset()
+            self._restart()
         elif reasoning != self._given:
             self._forget()
         self._task, self._given = observation[TASK], reasoning
@@ -196,6 +209,8 @@ class Policy:
             return self._ensembler.update(self.predict_chunk(observation, reasoning))
         if self._horizon.empty:
             self._horizon.push(self.predict_chunk(observation, reasoning))
+        else:
+            self._remember(seen)
         return self._horizon.pop()
 
     @property
@@ -236,6 +251,42 @@ class Policy:
         if reasoning is not None:
             self._check_words("reasoning", reasoning)
             inputs["reasoning"] = [reasoning]
+        return inputs
+
+    def _earlier(self, seen):
+        """What was seen before under the same instruction; another one starts anew."""
+        return [*self._past] if self._past and self._past[-1]["text"] == seen["text"] else []
+
+    def _remember(self, seen):
+        """Keep a copy of what the processor needs: simulators draw their next picture into the same memory."""
+        if self._past.maxlen == 0:
+            return
+        (pictures,) = seen["images"]
+        if isinstance(pictures, dict):
+            pictures = {name: None if picture is None else to_rgb(picture) for name, picture in pictures.items()}
+        else:
+            pictures = to_rgb(pictures)
+        arrays = {name: seen[name].copy() for name in ("state", "depth") if name in seen}
+        past = self._earlier(seen)
+        self._past.clear()
+        self._past.extend([*past, {"images": [pictures], "text": seen["text"], **arrays}])
+
+    def _with_past(self, seen):
+        """What the processor needs of the last observations, as the dataset has it where an episode begins."""
+        if self._past.maxlen == 0:
+            return seen
+        steps = [*self._earlier(seen), seen]
+        padding = self._past.maxlen + 1 - len(steps)
+        pictures = [step["images"][0] for step in steps]
+        if isinstance(pictures[-1], dict):
+            images = {name: [None] * padding + [each[name] for each in pictures] for name in pictures[-1]}
+        else:
+            images = [None] * padding + pictures
+        inputs = {**seen, "images": [images]}
+        if "state" in seen:
+            inputs["state"] = np.stack([steps[0]["state"][0]] * padding + [step["state"][0] for step in steps])[None]
+        if "depth" in seen:
+            inputs["depth"] = [[None] * padding + [step["depth"][0] for step in steps]]
         return inputs
 
     def _camera_names(self, observation):

@@ -249,3 +249,70 @@ def test_states_have_their_own_normalization_and_statistics():
 def test_states_that_cannot_be_normalised(statistics, config, state, message):
     with pytest.raises(ValueError, match=message):
         ActionCodec({"bridge": statistics}, config).encode_state(state)
+
+
+SMALL = {"action": {"q01": [0.0, -4.0], "q99": [2.0, 4.0]}, "state": {"mean": [1.0], "std": [2.0]}}
+LARGE = {"action": ROBOT["action"], "state": STATE}
+SIZES = {"small": SMALL, "large": LARGE}
+
+
+@pytest.mark.parametrize(("given", "action_dim", "state_dim"), [({}, D, 2), ({"action_dim": 6, "state_dim": 3}, 6, 3)])
+def test_robots_of_fewer_dimensions_are_padded_and_cut(given, action_dim, state_dim):
+    codec = ActionCodec(SIZES, json.loads(json.dumps(STATEFUL | given)))
+    assert (codec.action_dim, codec.state_dim, codec.n_obs_steps) == (action_dim, state_dim, 1)
+    rng = np.random.default_rng(1)
+    for key, own in (("small", 2), ("large", D)):
+        alone = ActionCodec({key: SIZES[key]}, STATEFUL)
+        actions, states = rng.uniform(0, 2, (5, T, own)), rng.normal(size=(5, 3, own // 2))
+        encoded, state = codec.encode(actions, key), codec.encode_state(states, key)
+        assert encoded.shape == (5, T, action_dim) and state.shape == (5, 3, state_dim)
+        assert np.array_equal(encoded[..., :own], alone.encode(actions)) and not encoded[..., own:].any()
+        assert np.array_equal(state[..., : own // 2], alone.encode_state(states)) and not state[..., own // 2 :].any()
+        assert np.array_equal(codec.encode(actions, key, pad=False), alone.encode(actions))
+        assert np.array_equal(codec.encode_state(states, key, pad=False), alone.encode_state(states))
+        encoded[..., own:] = np.nan  # whatever a network leaves there
+        np.testing.assert_allclose(codec.decode(encoded, key), actions, atol=1e-5)
+        np.testing.assert_allclose(codec.decode(encoded[..., :own], key), actions, atol=1e-5)
+    with pytest.raises(ValueError, match=r"predicted actions of shape \(..., chunk_size=3, action_dim=2\), came"):
+        codec.decode(np.zeros((T, 3)), "small")
+    with pytest.raises(ValueError, match=r"Expected actions of shape \(..., chunk_size=3, action_dim=2\), came"):
+        codec.encode(np.zeros((T, action_dim)), "small")
+
+
+def test_it_is_said_which_dimensions_are_a_robots_own():
+    codec = ActionCodec(SIZES, STATEFUL)
+    assert codec.own_dims(["small", "large"]).tolist() == [[True, True, False, False], [True] * 4]
+    assert codec.own_dims(["large"]).tolist() == [[True] * 4]  # batches have one layout, whatever is in them
+    assert ActionCodec({"large": LARGE}, STATEFUL).own_dims(["large"]) is None
+    assert ActionCodec(SIZES).own_dims(["large"]) is None and ActionCodec(None, CONFIG).own_dims([None]) is None
+    wider = ActionCodec({"large": LARGE}, STATEFUL | {"action_dim": 5})
+    assert wider.own_dims([None]).tolist() == [[True] * 4 + [False]]
+    assert wider.state_dim == 2 and ActionCodec(SIZES, CONFIG).state_dim is None
+
+
+@pytest.mark.parametrize(("name", "what", "own"), [("action_dim", "Action", 4), ("state_dim", "State", 2)])
+def test_a_dataset_of_more_dimensions_is_named(name, what, own):
+    codec = ActionCodec(SIZES, STATEFUL | {name: own - 1})
+    build = codec.normalizer if what == "Action" else codec.state_normalizer
+    assert build("small").action_dim < own
+    with pytest.raises(
+        ValueError, match=f"{what} statistics of 'large' have {own} dimensions, but .* at most {own - 1} .*{name}"
+    ):
+        build("large")
+
+
+@pytest.mark.parametrize("name", ["action_dim", "state_dim", "n_obs_steps"])
+@pytest.mark.parametrize("value", [0, 1.5, "7"])
+def test_sizes_are_whole_numbers(name, value):
+    with pytest.raises(ValueError, match=rf"action_config\['{name}'\] of 1 or more, came"):
+        ActionCodec(SIZES, STATEFUL | {name: value})
+
+
+def test_one_tokenizer_serves_equally_many_dimensions(monkeypatch):
+    monkeypatch.setattr(codec_module, "build_action_tokenizer", lambda _: Tenths())
+    codec = ActionCodec(SIZES, CONFIG | {"tokenizer": {"type": "tenths"}})
+    assert codec.normalizer("large").action_dim == D
+    with pytest.raises(
+        ValueError, match="of 'small' have 2 dimensions, the action tokenizer has 4: one tokenizer serves"
+    ):
+        codec.encode(np.zeros((T, 2)), "small")

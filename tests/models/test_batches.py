@@ -37,9 +37,25 @@ def test_one_text_and_key_serve_every_sample():
 
 def test_padded_actions_become_zero():
     actions, mask = targets([[1.0], [np.nan]], [True, False], 1)
-    assert actions.tolist() == [[[1.0], [0.0]]] and mask.tolist() == [[True, False]]
+    assert np.array_equal(actions, [[[1.0], [0.0]]]) and mask.tolist() == [[True, False]]
     actions, mask = targets([[1.0], [2.0]], None, 1)
-    assert actions.tolist() == [[[1.0], [2.0]]] and mask.all()
+    assert np.array_equal(actions, [[[1.0], [2.0]]]) and mask.all()
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, list])
+def test_robots_of_a_batch_keep_their_own_sizes(kind):
+    chunks = [kind([[1.0], [np.nan]]), kind([[1.0, 2.0], [3.0, 4.0]])]
+    actions, mask = targets(chunks, torch.tensor([[True, False], [True, True]]), 2)
+    assert [chunk.tolist() for chunk in actions] == [[[1.0], [0.0]], [[1.0, 2.0], [3.0, 4.0]]]
+    assert mask.tolist() == [[True, False], [True, True]]
+    with pytest.raises(ValueError, match=r"shape \(3, T, D\) .* got \[\(2, 1\), \(2, 2\)\] and \(2, 2\)"):
+        targets(chunks, None, 3)
+
+
+@pytest.mark.parametrize("actions", [[], 3.0, [1.0, 2.0]])
+def test_what_is_no_chunk_is_refused(actions):
+    with pytest.raises(ValueError, match=r"Expected actions of shape \(2, T, D\)"):
+        targets(actions, None, 2)
 
 
 def test_measurements_keep_their_precision():

@@ -1,5 +1,6 @@
 """Robot units <-> model targets: normalisation and, where the model emits ids, tokenization."""
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,7 +12,8 @@ from hf_vla.actions.spec import ActionSpec, StateSpec, whole_number
 from hf_vla.actions.statistics import check_finite
 from hf_vla.actions.tokenizers.registry import build_action_tokenizer
 
-CONFIG_KEYS = ("chunk_size", "normalization", "state_normalization", "tokenizer", "specs")
+SIZE_KEYS = ("n_obs_steps", "action_dim", "state_dim")
+CONFIG_KEYS = ("chunk_size", "normalization", "state_normalization", "tokenizer", "specs", *SIZE_KEYS)
 NORMALIZATION_KEYS = ("mode", "clip", "convention")
 SPEC_KEYS = ("action", "state")
 
@@ -24,9 +26,12 @@ class ActionCodec:
             "state": {...}, ...}}`. A missing mask is all True.
         action_config (`dict`, *optional*): `{"chunk_size": int, "normalization": {"mode", "clip", "convention"},
             "state_normalization": {"mode", "clip", "convention"} | None, "tokenizer": {"type": ..., ...} | None,
-            "specs": {unnorm_key: {"action": dict | None, "state": dict | None}}}`. Without normalization: SpatialVLA's
-            (quantile, clipped). Without state_normalization: the checkpoint takes no state. None: a processor that has
-            no actions yet; every method below but `keys` raises.
+            "specs": {unnorm_key: {"action": dict | None, "state": dict | None}}, "n_obs_steps": int, "action_dim":
+            int, "state_dim": int}`. Without normalization: SpatialVLA's (quantile, clipped). Without
+            state_normalization: the checkpoint takes no state. Without n_obs_steps: 1, the model sees the present
+            alone. `action_dim` and `state_dim` are the model's sizes, by default the largest among the datasets; what
+            a robot has less is padded with zeros at the end. None: a processor that has no actions yet; every method
+            below but `keys` raises.
 
     Raises:
         ValueError: an unknown key, an invalid value, or specs of a dataset that has no statistics.
@@ -39,6 +44,10 @@ class ActionCodec:
         self.chunk_size = config.get("chunk_size")
         if action_config is not None:
             self.chunk_size = whole_number(self.chunk_size, "action_config['chunk_size']")
+        given = {name: config[name] for name in SIZE_KEYS if config.get(name) is not None}
+        sizes = {name: whole_number(size, f"action_config[{name!r}]") for name, size in given.items()}
+        self.n_obs_steps = sizes.get("n_obs_steps", 1)
+        self._dims = {what: sizes.get(f"{what}_dim") for what in SPEC_KEYS}
         self._normalization = {
             "action": config.get("normalization") or {},
             "state": config.get("state_normalization") or {},
@@ -55,6 +64,16 @@ class ActionCodec:
     def keys(self) -> list[str]:
         """Names of the datasets this checkpoint has statistics for, sorted."""
         return sorted(self.statistics)
+
+    @property
+    def action_dim(self) -> int:
+        """Numbers of an action of the model: `action_config["action_dim"]`, or the most that a dataset has."""
+        return self._dim("action")
+
+    @property
+    def state_dim(self) -> int | None:
+        """Numbers of a state of the model, likewise; None where it takes none."""
+        return self._dim("state") if self.takes_state else None
 
     def resolve_key(self, unnorm_key: str | None = None) -> str:
         """Return the dataset to use.
@@ -95,34 +114,56 @@ class ActionCodec:
             raise ValueError("This checkpoint takes no state: its action_config has no 'state_normalization'.")
         return self._normalizer(unnorm_key, "state")
 
-    def encode(self, actions: ArrayLike, unnorm_key: str | None = None) -> np.ndarray:
+    def own_dims(self, unnorm_keys: Sequence[str | None]) -> np.ndarray | None:
+        """Which numbers of the model's actions robots have themselves; the others are padding.
+
+        Args:
+            unnorm_keys (`Sequence[str]`): datasets, see `resolve_key`.
+
+        Returns:
+            `np.ndarray` of shape `(len(unnorm_keys), self.action_dim)`, bool. None where this codec pads for no
+            dataset, be it among these or not: batches of one checkpoint have one layout.
+
+        Raises:
+            ValueError: see `normalizer`.
+        """
+        known = [key for key in self.keys if "action" in self.statistics[key]]
+        if self.chunk_size is None or all(self.normalizer(key).action_dim == self.action_dim for key in known):
+            return None
+        sizes = [self.normalizer(key).action_dim for key in unnorm_keys]
+        return np.arange(self.action_dim) < np.array(sizes)[:, None]
+
+    def encode(self, actions: ArrayLike, unnorm_key: str | None = None, pad: bool = True) -> np.ndarray:
         """Turn actions into what the model is trained on.
 
         Args:
-            actions (`np.ndarray` of shape `(..., chunk_size, action_dim)`): robot units.
+            actions (`np.ndarray` of shape `(..., chunk_size, action_dim)`): robot units, the dataset's own numbers.
             unnorm_key (`str`, *optional*): see `resolve_key`.
+            pad (`bool`, defaults to `True`): False: keep the dataset's own numbers alone.
 
         Returns:
-            `np.ndarray`: action ids, int64 of shape `(..., N)`, with a tokenizer; else normalised actions, float32 of
-            the shape of `actions`.
+            `np.ndarray`: action ids, int64 of shape `(..., N)`, with a tokenizer; else normalised actions, float32,
+            `(..., chunk_size, self.action_dim)`: zeros behind the robot's own numbers.
 
         Raises:
             ValueError: the shape does not fit, a value is NaN or infinite, or see `normalizer`.
         """
         normalizer = self.normalizer(unnorm_key)
         normalized = normalizer.normalize(self._checked(actions, normalizer, "actions"))
-        return normalized.astype(np.float32) if self.tokenizer is None else self.tokenizer.encode(normalized)
+        if self.tokenizer is not None:
+            return self.tokenizer.encode(normalized)
+        return _padded(normalized.astype(np.float32), self.action_dim if pad else normalizer.action_dim)
 
     def decode(self, prediction: ArrayLike, unnorm_key: str | None = None) -> np.ndarray:
         """Turn a model's prediction into actions; the inverse of `encode`.
 
         Args:
             prediction (`np.ndarray`): action ids of shape `(..., N)`, with a tokenizer; else normalised actions of
-                shape `(..., chunk_size, action_dim)`.
+                shape `(..., chunk_size, self.action_dim)`, or no wider than the dataset's own.
             unnorm_key (`str`, *optional*): see `resolve_key`.
 
         Returns:
-            `np.ndarray` of shape `(..., chunk_size, action_dim)`: float32, robot units.
+            `np.ndarray` of shape `(..., chunk_size, action_dim)`: float32, robot units, the dataset's own numbers.
 
         Raises:
             ValueError: ids that are no chunk, a shape that does not fit, NaN or infinity, or see `normalizer`.
@@ -130,18 +171,21 @@ class ActionCodec:
         normalizer = self.normalizer(unnorm_key)
         if self.tokenizer is not None:
             prediction = self.tokenizer.decode(np.asarray(prediction), horizon=self.chunk_size)
+        elif np.shape(prediction)[-1:] == (self.action_dim,):
+            prediction = np.asarray(prediction)[..., : normalizer.action_dim]
         normalized = self._checked(prediction, normalizer, "predicted actions")
         return normalizer.unnormalize(normalized).astype(np.float32)
 
-    def encode_state(self, state: ArrayLike, unnorm_key: str | None = None) -> np.ndarray:
+    def encode_state(self, state: ArrayLike, unnorm_key: str | None = None, pad: bool = True) -> np.ndarray:
         """Normalise a robot's state.
 
         Args:
             state (`np.ndarray` of shape `(..., state_dim)`): robot units.
             unnorm_key (`str`, *optional*): see `resolve_key`.
+            pad (`bool`, defaults to `True`): False: keep the dataset's own numbers alone.
 
         Returns:
-            `np.ndarray` of the same shape: float32.
+            `np.ndarray` of shape `(..., self.state_dim)`: float32, zeros behind the robot's own numbers.
 
         Raises:
             ValueError: the shape does not fit, a value is NaN or infinite, or see `state_normalizer`.
@@ -150,7 +194,8 @@ class ActionCodec:
         if state.ndim == 0 or state.shape[-1] != normalizer.action_dim:
             raise ValueError(f"Expected states of shape (..., {normalizer.action_dim}), came {state.shape}.")
         check_finite(state, "states")
-        return normalizer.normalize(state).astype(np.float32)
+        normalized = normalizer.normalize(state).astype(np.float32)
+        return _padded(normalized, self.state_dim if pad else normalizer.action_dim)
 
     def specs(self, unnorm_key: str | None = None) -> tuple[ActionSpec | None, StateSpec | None]:
         """Return a dataset's `(ActionSpec | None, StateSpec | None)`; None where nothing was declared."""
@@ -161,6 +206,12 @@ class ActionCodec:
         _require_known(specs, SPEC_KEYS, f"action_config['specs'][{key!r}]")
         parsers = {"action": ActionSpec.from_dict, "state": StateSpec.from_dict}
         return tuple(None if specs.get(name) is None else parse(specs[name]) for name, parse in parsers.items())
+
+    def _dim(self, what):
+        if self._dims[what] is None:
+            known = [key for key in self.keys if what in self.statistics[key]]
+            self._dims[what] = max((self._normalizer(key, what).action_dim for key in known), default=None)
+        return self._dims[what]
 
     def _normalizer(self, unnorm_key, what):
         key = self.resolve_key(unnorm_key)
@@ -178,13 +229,20 @@ class ActionCodec:
             normalizer = ActionNormalizer(self.statistics[key][what], **self._normalization[what])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        own, most = normalizer.action_dim, self._dims[what]
         spec = dict(zip(SPEC_KEYS, self.specs(key), strict=True))[what]
-        sizes = {f"the {what} spec": None if spec is None else len(spec.names)}
-        if what == "action" and self.tokenizer is not None:
-            sizes["the action tokenizer"] = self.tokenizer.action_dim
-        for other, size in sizes.items():
-            if size is not None and size != normalizer.action_dim:
-                raise ValueError(f"{name} have {normalizer.action_dim} dimensions, {other} has {size}.")
+        if spec is not None and len(spec.names) != own:
+            raise ValueError(f"{name} have {own} dimensions, the {what} spec has {len(spec.names)}.")
+        if what == "action" and self.tokenizer is not None and self.tokenizer.action_dim != own:
+            raise ValueError(
+                f"{name} have {own} dimensions, the action tokenizer has {self.tokenizer.action_dim}: one tokenizer "
+                "serves datasets of equally many; leave the others out."
+            )
+        if most is not None and own > most:
+            raise ValueError(
+                f"{name} have {own} dimensions, but this model's {what}s hold at most {most} "
+                f"(action_config['{what}_dim']): leave that dataset out, or train a model of a larger {what}_dim."
+            )
         return normalizer
 
     def _checked(self, actions, normalizer, what):
@@ -195,6 +253,10 @@ class ActionCodec:
                 f"came {actions.shape}."
             )
         return actions
+
+
+def _padded(values, width):
+    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])])
 
 
 def _require_known(values, known, what):

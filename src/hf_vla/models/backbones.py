@@ -129,7 +129,7 @@ def check_length(text_config, length: int, num_new_tokens: int = 0) -> None:
         )
         raise ValueError(
             f"Expected prompts of at most {longest - num_new_tokens} tokens, for which the backbone has positions"
-            f"{room}, got {length}: {mend}shorten the instruction, or look through fewer cameras."
+            f"{room}, got {length}: {mend}shorten the instruction, or take fewer cameras or n_obs_steps."
         )
 
 

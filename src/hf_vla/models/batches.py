@@ -25,7 +25,7 @@ class VLAFeatures(BatchFeature):
 
 def is_batch(images) -> bool:
     """Whether `images` hold one entry per sample, rather than one image."""
-    return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+    return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) >= 4
 
 
 def per_sample(images, text, unnorm_key) -> tuple[list, list[str], list[str | None]]:
@@ -65,6 +65,19 @@ def as_numpy(values) -> np.ndarray:
         values = values.detach().cpu()
         values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
     return np.stack([as_numpy(value) for value in values]) if _is_list_of_arrays(values) else np.asarray(values)
+
+
+def rows(values, ndim: int) -> list[np.ndarray]:
+    """One array of `ndim` axes for each sample, as long as its robot's numbers are: those of a batch may differ.
+
+    Args:
+        values: of one sample, or of a batch: an array, or a list of what `as_numpy` takes.
+        ndim (`int`): axes of one sample's.
+    """
+    if isinstance(values, (list, tuple)) and len({np.shape(value) for value in values}) > 1:
+        return [as_numpy(value) for value in values]
+    values = as_numpy(values)
+    return list(values[None] if values.ndim == ndim else np.atleast_1d(values))
 
 
 def _is_list_of_arrays(values) -> bool:
@@ -114,26 +127,31 @@ def padded(rows: Iterable[list[int]], fill: int, left: bool = False) -> np.ndarr
     return np.array([more + row if left else row + more for row, more in zip(rows, fills, strict=True)])
 
 
-def targets(actions, action_mask, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Actions `(batch_size, T, D)` and their mask `(batch_size, T)`; what stands at a padded place becomes 0.
+def targets(actions, action_mask, batch_size: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Chunks of `(T, D)`, D being a robot's own, and their mask `(batch_size, T)`; what stands at a padded place is 0.
 
     Raises:
         ValueError: the shapes do not fit.
     """
-    actions = as_numpy(actions)
-    actions = actions[None] if actions.ndim == 2 else actions
-    mask = np.ones(actions.shape[:2], bool) if action_mask is None else as_numpy(action_mask).astype(bool)
-    mask = mask.reshape(-1, mask.shape[-1])
-    if len(actions) != batch_size or mask.shape != actions.shape[:2]:
+    chunks = rows(actions, 2)
+    if action_mask is None:
+        mask = np.ones((len(chunks), *(chunks[0].shape[:-1] if chunks else ())), bool)
+    else:
+        mask = as_numpy(action_mask).astype(bool)
+        mask = mask.reshape(-1, mask.shape[-1])
+    if len(chunks) != batch_size or mask.ndim != 2 or any(each.shape[:-1] != mask.shape[1:] for each in chunks):
+        shapes = {each.shape for each in chunks}
         raise ValueError(
-            f"Expected actions of shape ({batch_size}, T, D) and an action_mask of shape ({batch_size}, T), "
-            f"got {actions.shape} and {mask.shape}."
+            f"Expected actions of shape ({batch_size}, T, D) and an action_mask of shape ({batch_size}, T), got "
+            f"{(len(chunks), *shapes.pop()) if len(shapes) == 1 else sorted(shapes)} and {mask.shape}."
         )
-    return np.where(mask[..., None], actions, 0.0), mask
+    return [np.where(real[:, None], chunk, 0.0) for chunk, real in zip(chunks, mask, strict=True)], mask
 
 
 def decode_predictions(codec: ActionCodec, predictions: np.ndarray, unnorm_key) -> np.ndarray:
     """Robot actions of a batch of predictions; `unnorm_key` is one for all or a list with one per sample.
+
+    Where the robots of a list have different numbers of dimensions, NaN stands behind those of the smaller ones.
 
     Raises:
         ValueError: the counts differ, or [`~hf_vla.actions.codec.ActionCodec.decode`] refuses one of them.
@@ -142,4 +160,6 @@ def decode_predictions(codec: ActionCodec, predictions: np.ndarray, unnorm_key) 
         return codec.decode(predictions, unnorm_key)
     if len(unnorm_key) != len(predictions):
         raise ValueError(f"Got {len(predictions)} predictions and {len(unnorm_key)} unnorm_keys: give one per sample.")
-    return np.stack([codec.decode(row, key) for row, key in zip(predictions, unnorm_key, strict=True)])
+    chunks = [codec.decode(row, key) for row, key in zip(predictions, unnorm_key, strict=True)]
+    width = max(chunk.shape[-1] for chunk in chunks)
+    return np.stack([np.pad(each, ((0, 0), (0, width - each.shape[-1])), constant_values=np.nan) for each in chunks])

@@ -8,7 +8,16 @@ from transformers import ProcessorMixin
 
 from hf_vla.actions.codec import ActionCodec
 from hf_vla.actions.spec import CameraSpec
-from hf_vla.models.batches import VLAFeatures, as_numpy, decode_predictions, one_each, per_sample, targets
+from hf_vla.models.batches import (
+    VLAFeatures,
+    as_numpy,
+    decode_predictions,
+    is_batch,
+    one_each,
+    per_sample,
+    rows,
+    targets,
+)
 from hf_vla.models.images import pil_backend, to_rgb
 from hf_vla.models.outputs import VLAOutput
 
@@ -22,13 +31,15 @@ class ContinuousActionProcessor(ProcessorMixin):
         image_processor, tokenizer: of the family.
         statistics (`dict`, *optional*): `{unnorm_key: {"action": {...}, "state": {...}}}`.
         action_config (`dict`, *optional*): chunk size, normalisations and specs, see
-            [`~hf_vla.actions.codec.ActionCodec`]. With `"state_normalization"` every call needs a state.
+            [`~hf_vla.actions.codec.ActionCodec`]. With `"state_normalization"` every call needs a state, with
+            `"n_obs_steps"` above 1 what was seen before.
         camera_config (`dict`, *optional*): `{unnorm_key: [CameraSpec.to_dict(), ...]}`, in the order in which the
             cameras' pictures enter the network; the key `"default"` serves every dataset that has none of its own.
         chat_template (`str`, *optional*): unused, kept for `ProcessorMixin`.
     """
 
     takes_reasoning = False  # whether the family's model says, or is told, in words what it is about to do
+    takes_history = False  # whether it sees more than the present
 
     def __init__(
         self,
@@ -43,6 +54,12 @@ class ContinuousActionProcessor(ProcessorMixin):
         self.action_codec = ActionCodec(statistics, action_config)
         if self.action_codec.tokenizer is not None:
             raise ValueError("This model predicts continuous actions: leave action_config['tokenizer'] out.")
+        if self.action_codec.n_obs_steps > 1 and not self.takes_history:
+            raise ValueError(
+                f"A {type(self).__name__} is of a model that sees one observation, the present: leave "
+                f"action_config['n_obs_steps'] out, came {self.action_codec.n_obs_steps}. TinyVLA and SpatialVLA see "
+                "several."
+            )
         self.cameras = {key: _camera_specs(key, cameras) for key, cameras in (camera_config or {}).items()}
         super().__init__(pil_backend(image_processor), tokenizer, chat_template=chat_template)
 
@@ -53,8 +70,8 @@ class ContinuousActionProcessor(ProcessorMixin):
         """Turn pictures, instructions and reasonings into the network's inputs.
 
         Args:
-            views (`list[list[tuple]]`): for each sample and camera an RGB picture and whether it is there; one that is
-                missing is black.
+            views (`list[list[tuple]]`): for each sample, step (the oldest first) and camera an RGB picture and whether
+                it is there; one that is missing is black.
             texts (`list[str]`): instructions, unchecked.
             reasonings (`list[str | None]`): unchecked; of families without `takes_reasoning` always None.
 
@@ -83,11 +100,16 @@ class ContinuousActionProcessor(ProcessorMixin):
         Args:
             images: one entry, or a list with one per sample: an image, where one camera is declared, else
                 `{camera name: image or None}`, None where the camera's picture is missing; see
-                [`~hf_vla.models.images.to_rgb`].
+                [`~hf_vla.models.images.to_rgb`]. Where the checkpoint sees `n_obs_steps` above 1, lists of as many in
+                place of an image, the oldest first, None where the episode had not begun. Cameras that the sample's
+                dataset does not declare may be there as None.
             text (`str` or `list[str]`): instruction, one for all or one per sample; blanks around it are dropped. It
                 may be empty: there are datasets without instructions.
-            state (`(S,)` or `(batch_size, S)`, *optional*): robot units; needed where the checkpoint declares one.
-            actions (`(T, D)` or `(batch_size, T, D)`, *optional*): targets in robot units.
+            state (`(S,)` or `(batch_size, S)`, *optional*): robot units; needed where the checkpoint declares one;
+                `(n_obs_steps, S)` or `(batch_size, n_obs_steps, S)` where it sees several, before the episode began
+                the first. A list of one per sample where robots have different sizes.
+            actions (`(T, D)` or `(batch_size, T, D)`, *optional*): targets in robot units; a list of one per sample
+                where robots have different sizes.
             action_mask (`(T,)` or `(batch_size, T)` of bool, *optional*): True where an action is real.
             unnorm_key (`str` or `list[str]`, *optional*): dataset of the samples; chooses statistics and cameras.
             intrinsics, depth: other families'; refused.
@@ -98,9 +120,10 @@ class ContinuousActionProcessor(ProcessorMixin):
             return_tensors (`str`): `"pt"` or `"np"`.
 
         Returns:
-            [`~hf_vla.models.batches.VLAFeatures`] with the family's inputs, `state` `(batch_size, S)` and what
-            `routing` says; with `actions` also `actions` `(batch_size, T, D)` and `action_mask` `(batch_size, T)`;
-            states and actions normalised, float32.
+            [`~hf_vla.models.batches.VLAFeatures`] with the family's inputs, `state` `(batch_size, S)` or
+            `(batch_size, n_obs_steps, S)` and what `routing` says; with `actions` also `actions` `(batch_size, T, D)`
+            and `action_mask` `(batch_size, T)`; states and actions normalised, float32. Where a dataset of the
+            checkpoint has fewer dimensions than its model, `action_mask` is always there, `(batch_size, T, D)`.
 
         Raises:
             ValueError: something is missing, not declared or not usable, no camera has a picture, or counts differ.
@@ -108,21 +131,43 @@ class ContinuousActionProcessor(ProcessorMixin):
         _refuse(intrinsics=intrinsics, depth=depth, reasoning=None if self.takes_reasoning else reasoning)
         images, texts, keys = per_sample(images, text, unnorm_key)
         routing = self.routing(keys)
-        views = [_views(sample, self.camera_specs(key)) for sample, key in zip(images, keys, strict=True)]
+        codec = self.action_codec
+        views = [
+            _views(sample, self.camera_specs(key), codec.n_obs_steps) for sample, key in zip(images, keys, strict=True)
+        ]
         if blind := [index for index, sample in enumerate(views) if not any(there for _, there in sample)]:
             raise ValueError(f"Expected a picture of at least one camera, got none for the samples {blind}.")
         data = self.encode_prompts(views, texts, _reasonings(reasoning, len(texts)))
-        if self.action_codec.takes_state:
+        if codec.takes_state:
             data["state"] = self._states(state, keys)
         elif state is not None:
             raise ValueError("This checkpoint takes no state; leave `state` out.")
+        own = self.own_dims(keys)
         if actions is not None:
             chunks, mask = targets(actions, action_mask, len(texts))
-            encoded = [self.action_codec.encode(chunk, key) for chunk, key in zip(chunks, keys, strict=True)]
+            encoded = [codec.encode(chunk, key, self.pads) for chunk, key in zip(chunks, keys, strict=True)]
             # Zero in robot units may be far from zero when it is normalised.
             data["actions"] = np.where(mask[..., None], np.stack(encoded), np.float32(0))
-            data["action_mask"] = mask
+            data["action_mask"] = mask if own is None else mask[..., None] & own[:, None]
+        elif own is not None:
+            data["action_mask"] = own[:, None].repeat(codec.chunk_size, axis=1)
         return VLAFeatures(data | routing, tensor_type=return_tensors)
+
+    @property
+    def pads(self) -> bool:
+        """Whether robots of fewer dimensions than the model's are padded to these."""
+        return True
+
+    def own_dims(self, unnorm_keys: list[str | None]) -> np.ndarray | None:
+        """Which dimensions are a robot's own, see [`~hf_vla.actions.codec.ActionCodec.own_dims`].
+
+        Args:
+            unnorm_keys (`list[str | None]`): dataset of each sample.
+
+        Returns:
+            `np.ndarray` of shape `(batch_size, action_dim)`, bool. None where the model need not be told.
+        """
+        return self.action_codec.own_dims(unnorm_keys)
 
     def routing(self, unnorm_keys: list[str | None]) -> dict[str, str]:
         """Say which part of the network a batch is for.
@@ -147,7 +192,8 @@ class ContinuousActionProcessor(ProcessorMixin):
                 may be left out where the checkpoint knows one dataset.
 
         Returns:
-            `np.ndarray` of shape `(batch_size, chunk_size, action_dim)`: float32, robot units.
+            `np.ndarray` of shape `(batch_size, chunk_size, action_dim)`: float32, robot units. Where the robots of a
+            list have different numbers of dimensions, NaN stands behind those of the smaller ones.
 
         Raises:
             ValueError: there are no predicted actions in it, or the statistics are not known.
@@ -175,13 +221,19 @@ class ContinuousActionProcessor(ProcessorMixin):
     def _states(self, state, keys) -> np.ndarray:
         if state is None:
             raise ValueError("This checkpoint needs the robot's state: give `state`, one row of numbers per sample.")
-        state = as_numpy(state)
-        if state.dtype.kind not in "fiu":
-            raise ValueError(f"Expected a state of numbers, got {state.dtype}: {state.tolist()}.")
-        state = state[None] if state.ndim == 1 else state
-        if len(state) != len(keys) or state.ndim != 2:
-            raise ValueError(f"Expected a state of shape ({len(keys)}, S), one row per sample, got {state.shape}.")
-        return np.stack([self.action_codec.encode_state(row, key) for row, key in zip(state, keys, strict=True)])
+        codec, steps = self.action_codec, self.action_codec.n_obs_steps
+        leading = () if steps == 1 else (steps,)
+        states = rows(state, len(leading) + 1)
+        for each in states:
+            if each.dtype.kind not in "fiu":
+                raise ValueError(f"Expected a state of numbers, got {each.dtype}: {each.tolist()}.")
+        if len(states) != len(keys) or any(each.shape[:-1] != leading or not each.ndim for each in states):
+            wanted = ", ".join(map(str, (len(keys), *leading, "S")))
+            got = (len(states), *states[0].shape) if states else (0,)
+            raise ValueError(
+                f"Expected a state of shape ({wanted}), one row per sample{' and step' * (steps > 1)}, got {got}."
+            )
+        return np.stack([codec.encode_state(each, key, self.pads) for each, key in zip(states, keys, strict=True)])
 
 
 def dataset_cameras(
@@ -236,21 +288,45 @@ def _camera_specs(key: str, cameras) -> tuple[CameraSpec, ...]:
     return specs
 
 
-def _views(sample, specs: tuple[CameraSpec, ...]) -> list[tuple[Image.Image, bool]]:
-    """The picture of each camera and whether it is there."""
-    names = [spec.name for spec in specs]
-    if not isinstance(sample, dict):
-        if len(names) > 1:
-            raise ValueError(f"Several cameras are declared: give a dictionary with an image (or None) for {names}.")
-        return [(to_rgb(sample), True)]
-    if sample.keys() != set(names):
+def camera_steps(pictures, n_obs_steps: int, size: tuple[int, int] | None = None) -> list[tuple[Image.Image, bool]]:
+    """What a camera saw, the oldest first, and which pictures are there; one that is missing is black.
+
+    Args:
+        pictures: a picture, see [`~hf_vla.models.images.to_rgb`], or None; of several steps a list of as many.
+        n_obs_steps (`int`): number of steps.
+        size (`tuple[int, int]`, *optional*): width and height of a black picture; those of the newest by default.
+
+    Raises:
+        ValueError: there is another number of pictures.
+    """
+    if n_obs_steps == 1:
+        pictures = [pictures]
+    elif pictures is None:
+        pictures = [None] * n_obs_steps
+    elif not is_batch(pictures) or len(pictures) != n_obs_steps:
+        got = f"{len(pictures)} of them" if is_batch(pictures) else f"one {type(pictures).__name__}"
         raise ValueError(
-            f"Expected images of the cameras {names}, got those of {list(sample)}; a camera that is out of order is "
-            "given as None."
+            f"This checkpoint sees {n_obs_steps} observations: expected a list of as many pictures of each camera, "
+            f"the oldest first and None where the episode had not begun, got {got}."
         )
-    return [
-        (Image.new("RGB", (spec.width, spec.height)), False)
-        if sample[spec.name] is None
-        else (to_rgb(sample[spec.name]), True)
-        for spec in specs
-    ]
+    seen = [None if picture is None else to_rgb(picture) for picture in pictures]
+    size = size or next((picture.size for picture in reversed(seen) if picture is not None), (1, 1))
+    return [(Image.new("RGB", size), False) if picture is None else (picture, True) for picture in seen]
+
+
+def _views(sample, specs: tuple[CameraSpec, ...], n_obs_steps: int) -> list[tuple[Image.Image, bool]]:
+    """The picture of each step and camera and whether it is there."""
+    names, sizes = [spec.name for spec in specs], [(spec.width, spec.height) for spec in specs]
+    if isinstance(sample, dict):
+        if {name for name, picture in sample.items() if picture is not None or name in names} != set(names):
+            raise ValueError(
+                f"Expected images of the cameras {names}, got those of {list(sample)}; a camera that is out of order "
+                "is given as None."
+            )
+        seen = [sample[name] for name in names]
+    elif len(names) > 1:
+        raise ValueError(f"Several cameras are declared: give a dictionary with an image (or None) for {names}.")
+    else:
+        seen, sizes = [sample], sizes or [None]
+    cameras = [camera_steps(pictures, n_obs_steps, size) for pictures, size in zip(seen, sizes, strict=True)]
+    return [view for step in zip(*cameras, strict=True) for view in step]

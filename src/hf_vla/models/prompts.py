@@ -155,18 +155,26 @@ class PromptProcessor(ContinuousActionProcessor):
             ValueError: it does not.
         """
         codec = self.action_codec
-        sizes = [("a chunk_size", codec.chunk_size, config.chunk_size)]
+        sizes = [
+            ("a chunk_size", codec.chunk_size, config.chunk_size),
+            ("n_obs_steps", codec.n_obs_steps, getattr(config, "n_obs_steps", 1)),
+        ]
         for key in codec.keys:
             state_dim = codec.state_normalizer(key).action_dim if codec.takes_state else None
-            expected_action_dim, expected_state_dim = self.robot_sizes(config, key)
-            sizes += [
-                (f"an action_dim of {key!r}", codec.normalizer(key).action_dim, expected_action_dim),
-                (f"a state_dim of {key!r}", state_dim, expected_state_dim),
-            ]
+            wanted_action_dim, wanted_state_dim = self.robot_sizes(config, key)
+            for name, size, padded, wanted in (
+                ("an action_dim", codec.normalizer(key).action_dim, codec.action_dim, wanted_action_dim),
+                ("a state_dim", state_dim, codec.state_dim, wanted_state_dim),
+            ):
+                sizes.append((f"{name} of {key!r}", padded if self.pads and padded == wanted else size, wanted))
         for name, size, expected in sizes:
             if size != expected:
+                hint = ""
+                if self.pads and "_dim" in name and None not in (size, expected) and size < expected:
+                    hint = f" To pad it, set action_config[{name.split()[1]!r}] to {expected}."
                 raise ValueError(
-                    f"Expected {name} of {expected}, as the config says, got {size} in action_config and statistics."
+                    f"Expected {name} of {expected}, as the config says, got {size} in action_config and "
+                    f"statistics.{hint}"
                 )
 
     def robot_sizes(self, config, unnorm_key: str) -> tuple[int, int | None]:
@@ -181,7 +189,7 @@ class PromptProcessor(ContinuousActionProcessor):
         Nothing attends to the image tokens of a missing camera.
 
         Args:
-            views (`list[list[tuple]]`): for each sample and camera an RGB picture and whether it is there.
+            views (`list[list[tuple]]`): for each sample, step and camera an RGB picture and whether it is there.
             texts (`list[str]`): instructions.
 
         Returns:

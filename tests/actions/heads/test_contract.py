@@ -154,6 +154,88 @@ def test_a_fully_padded_sample_costs_nothing(head, batch):
     assert all((grad == 0).all() for grad in gradients(head, value[1]).values() if grad is not None)
 
 
+@pytest.fixture
+def wide(case, head):
+    """A head for two more dimensions that does with the others what `head` does: its weights, amid noise."""
+    wide = build_action_head({"type": case[0], **case[1]}, FEATURES, ACTIONS + 2, CHUNK, STATE)
+    for own, parameter in zip(head.parameters(), wide.parameters(), strict=True):
+        with torch.no_grad():
+            torch.nn.init.normal_(parameter)
+            target = parameter
+            for axis, (less, more) in enumerate(zip(own.shape, parameter.shape, strict=True)):
+                if less != more:  # an action, a chunk of them, or the bins of a chunk
+                    each = (more - less) // 2
+                    steps = CHUNK if each > 1 else 1
+                    own = own.unflatten(axis, (steps, -1, each // steps)).movedim(axis + 1, 0)
+                    target = target.unflatten(axis, (steps, -1, each // steps)).movedim(axis + 1, 0)[:ACTIONS]
+            target.copy_(own)
+    return wide
+
+
+def widened(values, fill):
+    return torch.nn.functional.pad(values, (0, 2), value=fill)
+
+
+def own_noise(head, fill):
+    """The same noise for heads of both sizes, with something else in the dimensions that one of them has not."""
+    if not isinstance(head, DenoisingHead):
+        return {}
+    noise = torch.randn(BATCH, CHUNK, ACTIONS, generator=seeded(5))
+    return {"noise": noise if head.action_dim == ACTIONS else widened(noise, fill)}
+
+
+@pytest.mark.parametrize("reduction", ["masked", "published"])
+@pytest.mark.parametrize("fill", [0.0, 7.0])
+def test_a_robot_of_fewer_dimensions_has_the_loss_that_it_would_have_alone(head, wide, batch, fill, reduction):
+    head.reduction = wide.reduction = reduction
+    expected = head.loss(**batch, generator=seeded(), **own_noise(head, fill))
+    padded = batch | {"actions": widened(batch["actions"], fill)}
+    padded["action_mask"] = widened(batch["action_mask"][..., None].expand(-1, -1, ACTIONS), False)
+    value = wide.loss(**padded, generator=seeded(), **own_noise(wide, fill))
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    expected, grads = gradients(head, expected.sum()), gradients(wide, value.sum())
+    untouched = [name for name in grads if grads[name].shape == expected[name].shape]
+    for name in untouched:
+        torch.testing.assert_close(grads[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fill", [0.0, 7.0])
+def test_a_robot_of_fewer_dimensions_acts_as_it_would_alone(head, wide, observation, fill):
+    if getattr(head, "decoding", None) == "sample":
+        head.decoding = wide.decoding = "argmax"  # a wider head draws other numbers
+    own = widened(torch.ones(BATCH, CHUNK, ACTIONS, dtype=torch.bool), False)
+    actions = sample(wide, observation, **own_noise(wide, fill), action_mask=own)
+    expected = sample(head, observation, **own_noise(head, fill))
+    torch.testing.assert_close(actions[..., :ACTIONS], expected, rtol=1e-4, atol=1e-5)
+    assert not actions[..., ACTIONS:].any()
+
+
+def test_robots_of_a_batch_may_have_different_dimensions(head, batch, observation):
+    """The first has all, the others lack the last; each is as it is among its like."""
+    own = torch.ones(BATCH, CHUNK, ACTIONS, dtype=torch.bool)
+    own[1:, :, -1] = False
+    mixed = batch | {"action_mask": batch["action_mask"][..., None] & own}
+    all_of_them = mixed | {"action_mask": batch["action_mask"][..., None].expand(-1, -1, ACTIONS)}
+    few = mixed | {"action_mask": mixed["action_mask"] & own[1:2]}
+    torch.testing.assert_close(loss(head, all_of_them), loss(head, batch), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss(head, mixed)[:1], loss(head, batch)[:1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss(head, mixed)[1:], loss(head, few)[1:], rtol=1e-5, atol=1e-6)
+    actions, each = sample(head, observation, action_mask=own), sample(head, observation)
+    torch.testing.assert_close(actions[:1], each[:1], rtol=1e-4, atol=1e-5)
+    assert not actions[1:, :, -1].any() and actions[1:, :, :-1].any()
+    assert torch.equal(sample(head, observation, action_mask=batch["action_mask"]), each)
+
+
+@pytest.mark.parametrize("shape", [(BATCH, CHUNK, 1), (BATCH, CHUNK, ACTIONS + 1), (1, CHUNK, ACTIONS), (BATCH, 4)])
+def test_masks_of_other_shapes_raise(head, batch, observation, shape):
+    wrong = {"action_mask": torch.ones(shape, dtype=torch.bool)}
+    for function, inputs in ((loss, batch), (sample, observation)):
+        with pytest.raises(ValueError, match=r"action_mask of shape \(3, 5\) or \(3, 5, 3\), came"):
+            function(head, {**inputs, **wrong})
+    with pytest.raises(ValueError, match="Expected action_mask to be bool"):
+        sample(head, observation, action_mask=torch.ones(BATCH, CHUNK, ACTIONS))
+
+
 @pytest.mark.parametrize("value", [1e9, float("nan")])
 def test_masked_tokens_change_nothing(head, batch, observation, value):
     changed = {"features": garbage_where(batch["features"], ~batch["feature_mask"], value)}

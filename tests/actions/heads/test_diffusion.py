@@ -482,3 +482,14 @@ def test_given_timesteps_of_another_shape_dtype_or_range_raise(timesteps):
 def test_importing_the_head_does_not_import_diffusers():
     code = "import sys, hf_vla.actions.heads.diffusion; sys.exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("scheduler", [SCHEDULER, DDPM])
+def test_the_network_never_sees_a_dimension_that_a_robot_has_not(scheduler):
+    """Not even where a scheduler adds noise on its way."""
+    head = build(lambda sample, time: 0 * sample + 1.0, scheduler=scheduler)
+    own = torch.tensor([[True, True], [True, False], [True, False]])[:, None].repeat(1, CHUNK, 1)
+    head.sample(**observe(), generator=seeded(), action_mask=own)
+    head.loss(**observe(), actions=torch.ones(3, CHUNK, ACTIONS), action_mask=own, generator=seeded())
+    for sample in head.denoiser.samples:
+        assert not sample[1:, :, 1].any() and sample[:, :, 0].all() and sample[0].all()

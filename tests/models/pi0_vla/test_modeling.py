@@ -313,3 +313,19 @@ def test_trainer_lowers_the_loss(batch, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_masks_of_single_numbers(model, batch, noise):
+    """All of them real is what a mask of whole actions says; what is not real is not seen."""
+    options = {"noise": noise, "timestep": torch.tensor([0.3, 0.8])}
+    whole = batch["action_mask"]
+    batch["action_mask"] = whole[..., None].repeat(1, 1, 7)
+    torch.testing.assert_close(model(**batch, **options).loss, model(**batch | {"action_mask": whole}, **options).loss)
+    batch["action_mask"][1, :, 5:] = False
+    expected = model(**batch, **options).loss
+    batch["actions"][1, :, 5:] = torch.nan
+    assert torch.equal(model(**batch, **options).loss, expected)
+    batch["actions"][1, :, 4] += 0.1
+    assert not torch.equal(model(**batch, **options).loss, expected)
+    with pytest.raises(ValueError, match=r"and their action_mask, got \(2, 4, 7\) and \(2, 4, 3\)"):
+        model(**batch | {"action_mask": batch["action_mask"][..., :3]}, **options)

@@ -108,8 +108,40 @@ def test_every_sample_is_decoded_with_its_own_statistics(config, processor):
     np.testing.assert_allclose(first, np.broadcast_to([0.6] * 6 + [1.0], (4, 7)), rtol=1e-6)
     np.testing.assert_allclose(second, np.full((4, 7), 2.0), rtol=1e-6)
     assert several.decode_actions(output, ["narrow", "narrow"]).shape == (2, 4, 3)
-    with pytest.raises(ValueError, match=r"got \[3, 7\] for \['narrow', 'twice'\]: decode them apart"):
-        several.decode_actions(output, ["narrow", "twice"])
+    third, fourth = several.decode_actions(output, ["narrow", "twice"])
+    assert (third[:, :3] == 1.0).all() and np.isnan(third[:, 3:]).all() and np.array_equal(fourth, second)
+
+
+def test_robots_of_different_sizes_share_a_batch(config, processor, model, observation):
+    """Each is padded to pi0's own width whoever else is there, so that it is what it is alone."""
+    narrow = {"action": {"mean": [0.0] * 3, "std": [1.0] * 3}, "state": {"mean": [1.0] * 2, "std": [1.0] * 2}}
+    cameras = {"default": processor.camera_config["robot"], "narrow": processor.camera_config["robot"][:1]}
+    several = PI0VLAProcessor.from_scratch(
+        config, processor.statistics | {"narrow": narrow}, processor.action_config, cameras
+    )
+    alone = PI0VLAProcessor.from_scratch(config, {"narrow": narrow}, processor.action_config, cameras)
+    rng, (images, _) = np.random.default_rng(4), observation["images"]
+    images = [images, {"front": images["front"], "wrist": None}]
+    rows = {"state": [rng.normal(size=5), rng.normal(size=2)], "actions": [rng.normal(size=(4, n)) for n in (7, 3)]}
+    batch = several(images=images, text="go", unnorm_key=["robot", "narrow"], **rows)
+    assert batch["actions"].shape == (2, 4, 7) and not batch["actions"][1, :, 3:].any()
+    assert batch["action_mask"].shape == (2, 4) and batch["pixel_attention_mask"].tolist() == [
+        [True] * 2,
+        [True, False],
+    ]
+    one = alone(images=images[1], text="go", **{name: values[1] for name, values in rows.items()})
+    noise, time = torch.randn(1, 4, 32), torch.tensor([0.3])
+    second = {name: value[1:] for name, value in batch.items() if name != "pixel_values"}
+    second |= {"pixel_values": batch["pixel_values"][1:, :1], "pixel_attention_mask": one["pixel_attention_mask"]}
+    second |= {name: second[name][:, : one["input_ids"].shape[1]] for name in ("input_ids", "attention_mask")}
+    expected = model(**one, noise=noise, timestep=time).loss
+    torch.testing.assert_close(model(**second, noise=noise, timestep=time).loss, expected)
+
+
+def test_it_sees_the_present_alone(config, processor):
+    arguments = (processor.statistics, processor.action_config | {"n_obs_steps": 3}, processor.camera_config)
+    with pytest.raises(ValueError, match="A PI0VLAProcessor is of a model that sees one observation.*came 3"):
+        PI0VLAProcessor.from_scratch(config, *arguments)
 
 
 @pytest.mark.parametrize(("name", "what"), [("max_action_dim", "actions"), ("max_state_dim", "states")])
@@ -160,7 +192,7 @@ def test_decoding_needs_actions_and_a_key_each(processor):
         ),
         ({"images": [{"front": None}] * 2}, "\\['front', 'wrist'\\], got those of \\['front'\\]"),
         (
-            {"images": [{"front": None, "wrist": None, "rear": None}] * 2},
+            {"images": [{"front": None, "wrist": None, "rear": np.zeros((8, 8, 3), np.uint8)}] * 2},
             "those of \\['front', 'wrist', 'rear'\\]",
         ),
         ({"images": [{"front": None, "wrist": None}] * 2}, "at least one camera, got none for the samples \\[0, 1\\]"),

@@ -27,6 +27,7 @@ class ActionHead(nn.Module, ABC):
             [`~hf_vla.actions.heads.networks.condition.ConditionEncoder`].
         reduction (`str`): `"masked"`: a sample's loss is the mean over its real actions. `"published"`: as the
             published diffusion heads, padded actions enter the noised chunk and the mean divides by all of them.
+            Dimensions that a robot has not are left out in both.
 
     Raises:
         ValueError: an option is not valid.
@@ -78,7 +79,8 @@ class ActionHead(nn.Module, ABC):
             feature_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, bool): True where a token is real.
             actions (`torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`): normalised.
             action_mask (`torch.Tensor` of shape `(batch_size, chunk_size)`, bool): True where an action is real;
-                padded ones cannot change the loss.
+                padded ones cannot change the loss. Of shape `(batch_size, chunk_size, action_dim)` where robots have
+                fewer dimensions: the loss is that which the robot would have in a head of its own size.
             state (`torch.Tensor` of shape `(batch_size, state_dim)`, *optional*): normalised.
             generator (`torch.Generator`, *optional*): makes noise and times repeatable.
 
@@ -98,6 +100,7 @@ class ActionHead(nn.Module, ABC):
         generator: torch.Generator | None = None,
         noise: torch.Tensor | None = None,
         num_inference_steps: int | None = None,
+        action_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict a chunk for each sample.
 
@@ -108,9 +111,12 @@ class ActionHead(nn.Module, ABC):
                 that start from none take only None.
             num_inference_steps (`int`, *optional*): denoising steps; the head's own by default; heads without any
                 take only None.
+            action_mask (`torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`, bool, *optional*): as in
+                training, where robots have fewer dimensions than the head: which are theirs.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`, float32, normalised.
+            `torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`, float32, normalised; 0 in dimensions that a
+            robot has not.
 
         Raises:
             ValueError: a shape does not fit, an argument is not for this head, or a prediction is not finite.
@@ -121,7 +127,7 @@ class ActionHead(nn.Module, ABC):
         return self.condition_encoder(features.to(next(self.parameters()).dtype), feature_mask, state)
 
     def mask_padding(self, features: torch.Tensor, actions: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
-        """Set padded actions to 0, so that they reach nothing (unless published).
+        """Set padded actions to 0, so that they reach nothing (unless published), and dimensions that are no robot's.
 
         Args:
             features, actions, action_mask: as in `loss`.
@@ -134,36 +140,82 @@ class ActionHead(nn.Module, ABC):
                 is NaN or infinite.
         """
         expected = (len(features), self.chunk_size, self.action_dim)
-        if actions.shape != expected or action_mask.shape != expected[:2]:
+        if actions.shape != expected:
             raise ValueError(
                 f"Expected actions of shape {expected} and an action_mask of shape {expected[:2]}, came "
                 f"{tuple(actions.shape)} and {tuple(action_mask.shape)}."
             )
-        check_mask("action_mask", action_mask)
+        real = self.entries(action_mask, len(features))
         actions = actions.float()
-        finite = torch.isfinite(actions).all(-1) | ~action_mask
+        finite = (torch.isfinite(actions) | ~real).all(-1)
         if not finite.all():
             samples = (~finite.all(1)).nonzero()[:, 0].tolist()
             raise ValueError(
                 f"Expected finite actions, came NaN or infinity in samples {samples}: mend them in the data, or mask "
                 "them out."
             )
-        return actions if self.reduction == "published" else actions.masked_fill(~action_mask[..., None], 0.0)
+        return actions.masked_fill(~(_own(real) if self.reduction == "published" else real), 0.0)
 
     def reduce(self, error: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
         """Mean of an error over the actions of a sample.
 
         Args:
             error (`torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`): float32.
-            action_mask (`torch.Tensor` of shape `(batch_size, chunk_size)`, bool): True where an action is real.
+            action_mask (`torch.Tensor`, bool): as in `loss`.
 
         Returns:
             `torch.Tensor` of shape `(batch_size,)`; with `"masked"` over the real actions.
         """
-        error = error.masked_fill(~action_mask[..., None], 0.0)
-        if self.reduction == "published":
-            return error.mean((1, 2))
-        return error.mean(2).sum(1) / action_mask.sum(1).clamp(min=1)
+        real = self.entries(action_mask, len(error))
+        counted = _own(real) if self.reduction == "published" else real
+        count = counted.expand_as(error).sum((1, 2)).clamp(min=1)
+        return error.masked_fill(~real, 0.0).sum((1, 2)) / count
+
+    def entries(self, action_mask: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """Check a mask of actions, or of their numbers, and give it three axes.
+
+        Args:
+            action_mask (`torch.Tensor`, bool): as in `loss`.
+            batch_size (`int`): number of samples.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, chunk_size, 1)` or `(batch_size, chunk_size, action_dim)`, bool.
+
+        Raises:
+            ValueError: it is of another shape, or not bool.
+        """
+        expected = (batch_size, self.chunk_size, self.action_dim)
+        if action_mask.shape not in (expected[:2], expected):
+            raise ValueError(
+                f"Expected an action_mask of shape {expected[:2]} or {expected}, came {tuple(action_mask.shape)}."
+            )
+        check_mask("action_mask", action_mask)
+        return action_mask if action_mask.ndim == 3 else action_mask[..., None]
+
+    def keep_own(self, values: torch.Tensor, action_mask: torch.Tensor | None) -> torch.Tensor:
+        """Set dimensions that a robot has not to 0, throughout a sampling as in training.
+
+        A network that saw noise there would act on it, and no loss ever told it what becomes of that.
+
+        Args:
+            values (`torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`): actions, noise or predictions.
+            action_mask (`torch.Tensor`, bool, *optional*): as in `loss`; None: all dimensions are the robots'.
+
+        Returns:
+            `torch.Tensor` of the same shape.
+
+        Raises:
+            ValueError: the mask is of another shape, or not bool.
+        """
+        if action_mask is None:
+            return values
+        real = self.entries(action_mask, len(values))
+        return values if real.shape[-1] == 1 else values.masked_fill(~_own(real), 0.0)
+
+
+def _own(real: torch.Tensor) -> torch.Tensor:
+    """Which dimensions are a robot's: `(batch_size, chunk_size, action_dim)` -> `(batch_size, 1, action_dim)`."""
+    return real.any(1, keepdim=True) if real.shape[-1] > 1 else torch.ones_like(real[:, :1])
 
 
 def check_finite(actions: torch.Tensor) -> torch.Tensor:
@@ -317,15 +369,15 @@ class DenoisingHead(ActionHead):
             raise ValueError(f"Expected num_inference_steps of 1 or more, came {steps}.")
         return steps
 
-    def initial_noise(self, features, generator, noise) -> torch.Tensor:
-        """Given noise, checked, or standard normal noise, float32, drawn where the generator is.
+    def initial_noise(self, features, generator, noise, action_mask) -> torch.Tensor:
+        """Given noise, checked, or standard normal noise, float32, drawn where the generator is; see `keep_own`.
 
         Raises:
             ValueError: the given noise has another shape.
         """
         shape = (len(features), self.chunk_size, self.action_dim)
         if noise is None:
-            return draw(torch.randn, shape, generator=generator, device=features.device, dtype=torch.float32)
+            noise = draw(torch.randn, shape, generator=generator, device=features.device, dtype=torch.float32)
         if noise.shape != shape:
             raise ValueError(f"Expected noise of shape {shape}, came {tuple(noise.shape)}.")
-        return noise.float()
+        return self.keep_own(noise.float(), action_mask)

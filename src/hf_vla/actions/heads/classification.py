@@ -56,20 +56,29 @@ class ClassificationHead(ActionHead):
         return self.reduce(F.cross_entropy(logits.movedim(-1, 1), bins, reduction="none"), action_mask)
 
     @torch.no_grad()
-    def sample(self, features, feature_mask, state=None, generator=None, noise=None, num_inference_steps=None):
+    def sample(
+        self,
+        features,
+        feature_mask,
+        state=None,
+        generator=None,
+        noise=None,
+        num_inference_steps=None,
+        action_mask=None,
+    ):
         """Decode `(batch_size, chunk_size, action_dim)`; noise and steps are refused, `"sample"` draws."""
         check_one_pass(noise, num_inference_steps)
         logits = check_finite(self._logits(features, feature_mask, state))
         bins = torch.arange(self.num_bins, device=logits.device, dtype=torch.float32)
         centres = (2 * bins + 1) / self.num_bins - 1
         if self.decoding == "argmax":
-            return centres[logits.argmax(-1)]
+            return self.keep_own(centres[logits.argmax(-1)], action_mask)
         probabilities = logits.softmax(-1)
         if self.decoding == "expectation":
-            return probabilities @ centres
+            return self.keep_own(probabilities @ centres, action_mask)
         # where each bin waits for a time that is exponential with its probability as rate, the first is a draw
         uniform = draw(torch.rand, logits.shape, generator=generator, device=logits.device, dtype=torch.float32)
-        return centres[(probabilities / -uniform.log()).argmax(-1)]
+        return self.keep_own(centres[(probabilities / -uniform.log()).argmax(-1)], action_mask)
 
     def _logits(self, features, feature_mask, state):
         """Scores of the bins, `(batch_size, chunk_size, action_dim, num_bins)`, float32."""

@@ -111,7 +111,7 @@ class DiffusionHead(DenoisingHead):
             ValueError: also where timesteps have another shape or dtype, or lie outside the training times.
         """
         actions = self.mask_padding(features, actions, action_mask)
-        noise = self.initial_noise(features, generator, noise)
+        noise = self.initial_noise(features, generator, noise, action_mask)
         count, last = (len(features),), self.num_train_timesteps - 1
         if timesteps is None:
             timesteps = draw(torch.randint, last + 1, count, generator=generator, device=features.device)
@@ -136,14 +136,16 @@ class DiffusionHead(DenoisingHead):
         generator: torch.Generator | None = None,
         noise: torch.Tensor | None = None,
         num_inference_steps: int | None = None,
+        action_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Take the noise away step by step; see [`ActionHead`]."""
         scheduler = self.build_scheduler(num_inference_steps)
         contexts = self.prepare(features, feature_mask, state, scheduler.timesteps.to(features.device))
-        sample = self.initial_noise(features, generator, noise) * scheduler.init_noise_sigma
+        sample = self.initial_noise(features, generator, noise, action_mask) * scheduler.init_noise_sigma
         for time, context in zip(scheduler.timesteps, contexts, strict=True):
             prediction = self.guided(scheduler.scale_model_input(sample, time), context)
-            sample = step(scheduler, prediction, time, sample, generator)
+            sample = step(scheduler, self.keep_own(prediction, action_mask), time, sample, generator)
+            sample = self.keep_own(sample, action_mask)  # some schedulers add noise in between
         return check_finite(sample)
 
 

@@ -70,7 +70,7 @@ class FlowMatchingHead(DenoisingHead):
             ValueError: also where times have another shape or lie outside [0, 1].
         """
         actions = self.mask_padding(features, actions, action_mask)
-        noise = self.initial_noise(features, generator, noise)
+        noise = self.initial_noise(features, generator, noise, action_mask)
         if times is None:
             times = self.draw_times(len(features), generator, features.device)
         elif times.shape != (len(features),) or not ((times >= 0) & (times <= 1)).all():
@@ -95,15 +95,17 @@ class FlowMatchingHead(DenoisingHead):
         generator: torch.Generator | None = None,
         noise: torch.Tensor | None = None,
         num_inference_steps: int | None = None,
+        action_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Integrate the velocity from noise to actions; see [`ActionHead`]."""
         steps = self.num_steps(num_inference_steps)
-        sample = self.initial_noise(features, generator, noise)
+        sample = self.initial_noise(features, generator, noise, action_mask)
         times = torch.linspace(0, 1000, steps + 1, device=features.device)
         contexts = self.prepare(features, feature_mask, state, times if self.solver == "heun" else times[:-1])
         for step in range(steps):
-            velocity = self.guided(sample, contexts[step])
+            velocity = self.keep_own(self.guided(sample, contexts[step]), action_mask)
             if self.solver == "heun":
-                velocity = (velocity + self.guided(sample + velocity / steps, contexts[step + 1])) / 2
+                end = self.guided(sample + velocity / steps, contexts[step + 1])
+                velocity = (velocity + self.keep_own(end, action_mask)) / 2
             sample = sample + velocity / steps
         return check_finite(sample)

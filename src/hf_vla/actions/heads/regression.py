@@ -84,10 +84,19 @@ class RegressionHead(ActionHead):
         return self.reduce(LOSSES[self.loss_type](predicted, targets, reduction="none", **options), action_mask)
 
     @torch.no_grad()
-    def sample(self, features, feature_mask, state=None, generator=None, noise=None, num_inference_steps=None):
+    def sample(
+        self,
+        features,
+        feature_mask,
+        state=None,
+        generator=None,
+        noise=None,
+        num_inference_steps=None,
+        action_mask=None,
+    ):
         """Predict `(batch_size, chunk_size, action_dim)`; the generator is not used, noise and steps are refused."""
         check_one_pass(noise, num_inference_steps)
-        return check_finite(self._predict(features, feature_mask, state))
+        return self.keep_own(check_finite(self._predict(features, feature_mask, state)), action_mask)
 
     def _predict(self, features, feature_mask, state):
         condition = self.encode(features, feature_mask, state)

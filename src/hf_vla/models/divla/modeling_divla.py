@@ -300,7 +300,8 @@ class DiVLAForActionPrediction(BackbonePreTrainedModel):
                 without any, the action head alone learns, from the prompt alone.
             actions (`torch.FloatTensor` of shape `(batch_size, chunk_size, action_dim)`): normalised.
             action_mask (`torch.BoolTensor` of shape `(batch_size, chunk_size)`, *optional*): True where an action is
-                real; all of them by default.
+                real; all of them by default. Without latents also `(batch_size, chunk_size, action_dim)`, for robots
+                of fewer dimensions.
             state (`torch.FloatTensor` of shape `(batch_size, state_dim)`, *optional*): normalised.
             embodiment (`str`, *optional*): whose actions these are; may be left out where the model knows one robot.
             reasoning_ids (`torch.LongTensor` of shape `(batch_size, reasoning_length)`, *optional*): instead of
@@ -341,6 +342,7 @@ class DiVLAForActionPrediction(BackbonePreTrainedModel):
 
     def _latents(self, robot: Embodiment, actions, action_mask):
         """What the head has to predict for a robot's actions, and the parts of the loss that are of its decoder."""
+        check_whole(action_mask)
         check_mask("action_mask", action_mask)
         actions = actions.masked_fill(~action_mask[..., None], 0.0)  # NaN there would reach the gradients
         parts = {"reconstruction_loss": robot.decoder.reconstruction_loss(actions, action_mask)}
@@ -406,6 +408,7 @@ class DiVLAForActionPrediction(BackbonePreTrainedModel):
         labels: torch.LongTensor | None = None,
         state: torch.FloatTensor | None = None,
         embodiment: str | None = None,
+        action_mask: torch.BoolTensor | None = None,
         reasoning_ids: torch.LongTensor | None = None,
         max_reasoning_tokens: int | None = None,
         generator: torch.Generator | None = None,
@@ -421,6 +424,8 @@ class DiVLAForActionPrediction(BackbonePreTrainedModel):
                 given a reasoning for each sample: its tokens, and -100 in front of them.
             state (`torch.FloatTensor` of shape `(batch_size, state_dim)`, *optional*): normalised.
             embodiment (`str`, *optional*): whose actions are wanted; may be left out where the model knows one robot.
+            action_mask (`torch.BoolTensor` of shape `(batch_size, chunk_size, action_dim)`, *optional*): from the
+                processor, where robots have fewer dimensions than the model: which are theirs.
             reasoning_ids (`torch.LongTensor` of shape `(batch_size, reasoning_length)`, *optional*): an earlier
                 output's, to act under it once more.
             max_reasoning_tokens (`int`, *optional*): of the model's own reasoning, with the end token; the config's by
@@ -467,14 +472,27 @@ class DiVLAForActionPrediction(BackbonePreTrainedModel):
             encoding = without_end(encoding)
         features, mask = self.condition(encoding)
         if robot is not None:
-            state = robot.encode_state(state)
-        actions = self.action_head.sample(
-            features, mask, state, generator=generator, noise=noise, num_inference_steps=num_inference_steps
-        )
+            check_whole(action_mask)
+            state, action_mask = robot.encode_state(state), None
+        options = {"noise": noise, "num_inference_steps": num_inference_steps, "action_mask": action_mask}
+        actions = self.action_head.sample(features, mask, state, generator=generator, **options)
         if robot is not None:
             robot.decoder.check_learnt()
             actions = check_finite(robot.decoder(actions))
         return VLAOutput(actions=actions, reasoning_ids=reasoning_ids)
+
+
+def check_whole(action_mask: torch.Tensor | None) -> None:
+    """Raise where a mask is of single numbers: a latent is of all numbers of an action.
+
+    Raises:
+        ValueError: it is.
+    """
+    if action_mask is not None and action_mask.ndim != 2:
+        raise ValueError(
+            "Expected an action_mask of shape (batch_size, chunk_size), since each embodiment has its own number of "
+            f"dimensions, got {tuple(action_mask.shape)}: give the processor embodiments, one for each dataset."
+        )
 
 
 # Only for registered models does peft translate adapters of older layouts; the backbones bring the translations along.

@@ -120,6 +120,15 @@ class DiVLAProcessor(PromptProcessor):
             )
         return known[names[0]]["action_dim"], known[names[0]].get("state_dim")
 
+    @property
+    def pads(self) -> bool:
+        """False where every robot has an embodiment, with a decoder of its own sizes."""
+        return not self.embodiments
+
+    def own_dims(self, unnorm_keys: list[str | None]) -> np.ndarray | None:
+        """None where every robot has an embodiment; see the base class."""
+        return super().own_dims(unnorm_keys) if self.pads else None
+
     def routing(self, unnorm_keys: list[str | None]) -> dict[str, str]:
         """Name the robot of a batch, where embodiments do; see the base class."""
         if not self.embodiments:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.models.pi0.modeling_pi0 import PI0ForConditionalGeneration
 
 from hf_vla.actions.heads.base import check_finite, draw
@@ -72,7 +73,8 @@ class PI0VLAForActionPrediction(VLAPreTrainedModel, PI0ForConditionalGeneration)
             actions (`torch.FloatTensor` of shape `(batch_size, chunk_size, action_dim)`): normalised, at most
                 `max_action_dim` wide.
             action_mask (`torch.BoolTensor` of shape `(batch_size, chunk_size)`, *optional*): True where an action is
-                real; all are by default.
+                real; all are by default. `(batch_size, chunk_size, action_dim)`: single numbers that are not cost
+                nothing; the processor gives none.
             noise (`torch.FloatTensor` of shape `(batch_size, chunk_size, max_action_dim)`, *optional*): what is mixed
                 with the actions; drawn by default.
             timestep (`torch.FloatTensor` of shape `(batch_size,)`, *optional*): 1 = noise, 0 = data; drawn by default.
@@ -105,13 +107,16 @@ class PI0VLAForActionPrediction(VLAPreTrainedModel, PI0ForConditionalGeneration)
         _check_given(**inputs, state=state)
         action_mask = torch.ones_like(actions[..., 0], dtype=torch.bool) if action_mask is None else action_mask
         expected = (len(actions), self.config.chunk_size)
-        if actions.shape[:2] != expected or action_mask.shape != expected:
+        if actions.shape[:2] != expected or action_mask.shape not in (expected, actions.shape):
             raise ValueError(
                 f"Expected actions of shape (batch_size, {self.config.chunk_size}, action_dim) and their action_mask, "
                 f"got {tuple(actions.shape)} and {tuple(action_mask.shape)}."
             )
         actions = _widened(actions.float(), self.config.max_action_dim, "actions")
-        actions = actions.masked_fill(~action_mask[..., None], 0.0)  # padding must not enter the noised actions
+        real = action_mask if action_mask.ndim == 3 else action_mask[..., None]
+        beyond = real.any(-1, keepdim=True).expand(*expected, self.config.max_action_dim - real.shape[-1])
+        real = torch.cat([real, beyond], -1)
+        actions = actions.masked_fill(~real, 0.0)  # padding must not enter the noised actions
         if noise is None:
             noise = draw(torch.randn, actions.shape, generator=generator, device=actions.device, dtype=torch.float32)
         if timestep is None:
@@ -119,7 +124,7 @@ class PI0VLAForActionPrediction(VLAPreTrainedModel, PI0ForConditionalGeneration)
         state = self._full_state(state)
         output = super().forward(state, noise=noise, timestep=timestep, actions=actions.to(self.dtype), **inputs)
         error = (noise - actions - output.logits.float()) ** 2
-        error = error.mean(-1).masked_fill(~action_mask, 0.0).sum(-1) / action_mask.sum(-1).clamp(min=1)
+        error = error.masked_fill(~real, 0.0).sum((1, 2)) / real.sum((1, 2)).clamp(min=1)
         return VLAOutput(loss=error.mean(), logits=output.logits)
 
     @torch.no_grad()
@@ -195,7 +200,15 @@ def _widened(values: torch.Tensor, width: int, what: str) -> torch.Tensor:
     return F.pad(values, (0, width - values.shape[-1]))
 
 
-# LeRobot's names of the weights, which transformers translates for model type "pi0" only.
+# LeRobot's names of the weights, which transformers translates for model type "pi0" only; and only where a name
+# begins so, since adapters have names that hold our own twice.
 register_checkpoint_conversion_mapping(
-    PI0VLAConfig.model_type, get_checkpoint_conversion_mapping("pi0"), overwrite=True
+    PI0VLAConfig.model_type,
+    [
+        WeightRenaming(f"^{each.source_patterns[0]}", each.target_patterns[0])
+        if each.target_patterns[0].startswith("embed_action_time.")
+        else each
+        for each in get_checkpoint_conversion_mapping("pi0")
+    ],
+    overwrite=True,
 )

@@ -106,18 +106,16 @@ class PI0VLAProcessor(ContinuousActionProcessor):
     def decode_actions(self, output: VLAOutput, unnorm_key=None) -> np.ndarray:
         """Turn predicted actions into robot actions, without what pi0 appends to the robot's own dimensions.
 
-        Arguments, result and errors are those of the base class; the robots of a batch have equally many dimensions.
+        Arguments, result and errors are those of the base class.
         """
-        if output.actions is None:
+        if getattr(output, "actions", None) is None:
             return super().decode_actions(output, unnorm_key)
-        keys = set(unnorm_key) if isinstance(unnorm_key, (list, tuple)) else {unnorm_key}
-        widths = {self.action_codec.normalizer(key).action_dim for key in keys}
-        if len(widths) > 1:
-            raise ValueError(
-                f"Expected datasets whose actions have equally many dimensions, got {sorted(widths)} for "
-                f"{sorted(keys)}: decode them apart."
-            )
-        return super().decode_actions(VLAOutput(actions=output.actions[..., : widths.pop()]), unnorm_key)
+        width = self.action_codec.action_dim
+        return super().decode_actions(VLAOutput(actions=output.actions[..., :width]), unnorm_key)
+
+    def own_dims(self, unnorm_keys: list[str | None]) -> None:
+        """None: pi0 learns, as published, that whatever a robot has not is 0."""
+        return None
 
     def check_sizes(self, config: PI0VLAConfig) -> None:
         """Check that a model has room for the actions and states of every dataset.

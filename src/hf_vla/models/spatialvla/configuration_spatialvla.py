@@ -86,6 +86,8 @@ class SpatialVLAConfig(PreTrainedConfig):
         ego3d_patch_reso (`int`): points per patch side that are lifted to 3-D.
         n_freqs (`int`): frequencies of the Ego3D encoding.
         zoe_image_size (`int`): side in pixels at which ZoeDepth sees the image.
+        n_obs_steps (`int`): frames that the model sees, the last of them the present; the tokens of all stand in the
+            prompt, the oldest first.
 
     Source: SpatialVLA, https://huggingface.co/papers/2501.15830
     """
@@ -151,6 +153,7 @@ class SpatialVLAConfig(PreTrainedConfig):
     ego3d_patch_reso: int = 2
     n_freqs: int = 8
     zoe_image_size: int = 384
+    n_obs_steps: int = 1
     bos_token_id: int = 2
     eos_token_id: int = 1
     pad_token_id: int = 0
@@ -182,7 +185,8 @@ class SpatialVLAConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Check that sizes are positive and that the action tokens fit the vocabulary and their blocks."""
-        for name in ("ego3d_patch_reso", "n_freqs", "zoe_image_size", "spatial_token_num", "action_block_sizes"):
+        sizes = ("ego3d_patch_reso", "n_freqs", "zoe_image_size", "spatial_token_num", "action_block_sizes")
+        for name in (*sizes, "n_obs_steps"):
             value = getattr(self, name)
             if value is not None and min(value if isinstance(value, list) else [value]) < 1:
                 raise ValueError(f"Expected {name} of 1 or more, got {value}.")
@@ -205,5 +209,5 @@ class SpatialVLAConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Patches, hence `<image>` tokens, of one image."""
+        """Patches, hence `<image>` tokens, of one frame."""
         return (self.vision_config.image_size // self.vision_config.patch_size) ** 2

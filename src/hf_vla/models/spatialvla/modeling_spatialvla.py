@@ -192,18 +192,40 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
         """Embed images as tokens, in the units of the language model's embedding table.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): RGB in [0, 1].
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): RGB in [0, 1]. Of a model that
+                sees several frames `(batch_size, n_obs_steps, 3, height, width)`, the oldest first; intrinsics and
+                depth then have that axis, too, or all frames one camera matrix.
             intrinsics (`torch.Tensor` of shape `(batch_size, 3, 3)` or `(3, 3)`): in pixels of `pixel_values`.
             depth (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*): metric depth of the robot's
                 own sensor; ZoeDepth estimates it when it is not given.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, num_patches, hidden_size)`.
+            `torch.Tensor` of shape `(batch_size, n_obs_steps * num_patches, hidden_size)`.
 
         Raises:
             ValueError: intrinsics or depth are needed and missing, or depth is of no use or of another shape than the
-                image.
+                image, or there is another number of frames.
         """
+        steps = pixel_values.shape[1] if pixel_values.ndim == 5 else 1
+        if steps != self.config.n_obs_steps:
+            raise ValueError(
+                f"Expected {self.config.n_obs_steps} frames of every sample, as config.n_obs_steps says, got {steps}, "
+                f"pixel_values of shape {tuple(pixel_values.shape)}: set the processor's action_config['n_obs_steps'] "
+                "to that."
+            )
+        if pixel_values.ndim == 5:
+            if intrinsics is not None and intrinsics.ndim == 3:  # one camera for all frames of a sample
+                intrinsics = intrinsics[:, None].expand(-1, steps, 3, 3)
+            if intrinsics is not None and intrinsics.ndim == 4:
+                intrinsics = intrinsics.flatten(0, 1)
+            if depth is not None and depth.shape[:2] == pixel_values.shape[:2]:
+                depth = depth.flatten(0, 1)
+            frames = self._frame_features(pixel_values.flatten(0, 1), intrinsics, depth)
+            return frames.unflatten(0, pixel_values.shape[:2]).flatten(1, 2)
+        return self._frame_features(pixel_values, intrinsics, depth)
+
+    def _frame_features(self, pixel_values, intrinsics, depth) -> torch.Tensor:
+        """Tokens of each frame alone."""
         features = self.vision_tower(((pixel_values - 0.5) / 0.5).to(self.vision_tower.dtype)).last_hidden_state
         if depth is not None and not self.config.use_ego3d:
             raise ValueError("This checkpoint encodes no 3-D positions and would ignore `depth`; leave it out.")
@@ -346,8 +368,10 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): from the processor.
-            pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): RGB in [0, 1].
-            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 where a token is real.
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): RGB in [0, 1]; several frames
+                have an axis of their own, see `get_image_features`.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 where a token is real, 0 also
+                on the tokens of a frame from before the episode began.
             intrinsics (`torch.FloatTensor` of shape `(batch_size, 3, 3)` or `(3, 3)`): camera matrix in pixels.
             depth (`torch.FloatTensor` of shape `(batch_size, height, width)`, *optional*): metres; skips ZoeDepth.
             token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): 0 prompt,

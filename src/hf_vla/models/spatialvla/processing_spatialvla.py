@@ -16,15 +16,16 @@ from hf_vla.models.batches import (
     check_words,
     control_ids,
     decode_predictions,
+    is_batch,
     padded,
     per_sample,
     targets,
     token_id,
 )
 from hf_vla.models.byte_tokenizer import byte_tokenizer
-from hf_vla.models.images import pil_backend, to_rgb
+from hf_vla.models.images import pil_backend
 from hf_vla.models.outputs import VLAOutput
-from hf_vla.models.processing import dataset_cameras
+from hf_vla.models.processing import camera_steps, dataset_cameras
 from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
 
 IMAGE_TOKEN = "<image>"
@@ -40,7 +41,7 @@ class SpatialVLAProcessor(ProcessorMixin):
         tokenizer (`PreTrainedTokenizerFast`): text, `<image>` and the action tokens `<ACTION00000>`...
         statistics (`dict`, *optional*): `{unnorm_key: {"action": {"q01": [...], "q99": [...], "mask": [...]}}}`.
         action_config (`dict`, *optional*): chunk size, normalisation, grid and specs, see
-            [`~hf_vla.actions.codec.ActionCodec`].
+            [`~hf_vla.actions.codec.ActionCodec`]. The grid bins equally many numbers for all datasets, 7 or 4.
         camera_config (`dict`, *optional*): `{unnorm_key: CameraSpec.to_dict()}`; the key `"default"` serves every
             dataset that has no camera of its own.
         chat_template (`str`, *optional*): unused, kept for `ProcessorMixin`.
@@ -76,7 +77,7 @@ class SpatialVLAProcessor(ProcessorMixin):
                 )
 
         for key in self.action_codec.keys:
-            _check_spec(key, self.action_codec.specs(key)[0])
+            _check_spec(key, self.action_codec.specs(key)[0], self.action_codec.tokenizer)
         actions = range(self.action_token_begin, len(tokenizer))
         self._control_ids = control_ids(tokenizer, token_id(tokenizer, IMAGE_TOKEN), *actions)
 
@@ -118,21 +119,25 @@ class SpatialVLAProcessor(ProcessorMixin):
         """Prepare a batch; with `actions` a training batch, padded on the right, else a prompt, padded on the left.
 
         Args:
-            images: one image or a list with one per sample; see [`~hf_vla.models.images.to_rgb`].
+            images: one image or a list with one per sample; see [`~hf_vla.models.images.to_rgb`]. Where the
+                checkpoint sees `n_obs_steps` above 1, a list of as many for each sample, the oldest first, None where
+                the episode had not begun.
             text (`str` or `list[str]`): instruction, one for all or one per sample; it may be empty.
             actions (`(T, D)` or `(batch_size, T, D)`, *optional*): targets in robot units.
             action_mask (`(T,)` or `(batch_size, T)` of bool, *optional*): True where an action is real. Actions that
                 are not real, and the end token behind them, get no label.
             unnorm_key (`str` or `list[str]`, *optional*): dataset of the samples; chooses statistics and camera.
             intrinsics (`(3, 3)` or `(batch_size, 3, 3)`, *optional*): in pixels of the image given; overrides the
-                dataset's camera.
+                dataset's camera. Of several steps also `(batch_size, n_obs_steps, 3, 3)`.
             depth (`(H, W)` or `(batch_size, H, W)`, *optional*): metres, the image's field of view, any resolution.
+                Of several steps `(batch_size, n_obs_steps, H, W)`, or lists of maps like those of images.
             return_tensors (`str`): `"pt"` or `"np"`.
 
         Returns:
             `BatchFeature` with `pixel_values` `(batch_size, 3, S, S)` in [0, 1], `input_ids` and `attention_mask`
             `(batch_size, L)`, `intrinsics` `(batch_size, 3, 3)` in pixels of S x S, `depth` `(batch_size, S, S)`;
-            with `actions` also `labels` and `token_type_ids` `(batch_size, L)`.
+            with `actions` also `labels` and `token_type_ids` `(batch_size, L)`. Pixels, intrinsics and depth of
+            several steps are `(batch_size, n_obs_steps, ...)`; the tokens of steps before the episode are masked.
 
         Raises:
             ValueError: image or text is missing, counts differ, a value is not usable, or an unused input is given.
@@ -141,23 +146,28 @@ class SpatialVLAProcessor(ProcessorMixin):
             if value is not None:
                 raise ValueError(f"SpatialVLA takes no {name}; leave `{name}` out.")
         images, texts, keys = per_sample(images, text, unnorm_key)
-        images = [to_rgb(image) for image in images]
         for key in keys:
             if key is not None and key not in self.cameras:
                 self.action_codec.resolve_key(key)
+        steps = self.action_codec.n_obs_steps
+        leading = (len(images),) if steps == 1 else (len(images), steps)
+        frames = [frame for each in images for frame in self._frames(each, steps)]
+        images = [image for image, _ in frames]
+        present = np.array([there for _, there in frames]).reshape(-1, steps)
         pixel_values = self.image_processor(images, return_tensors="np")["pixel_values"]
         size = pixel_values.shape[-2:]
-        data = {"pixel_values": pixel_values}
-        matrices = self._intrinsics(images, keys, intrinsics, size)
+        data = {"pixel_values": pixel_values.reshape(*leading, *pixel_values.shape[1:])}
+        matrices = self._intrinsics(images, [key for key in keys for _ in range(steps)], intrinsics, size)
         if matrices is not None:
-            data["intrinsics"] = matrices
+            data["intrinsics"] = matrices.reshape(*leading, 3, 3)
         if depth is not None:
-            data["depth"] = _resized_depth(depth, len(images), size)
+            data["depth"] = _resized_depth(depth, leading, size)
         prompts = [self._prompt_ids(prompt) for prompt in texts]
+        masks = [self._prompt_mask(prompt, there) for prompt, there in zip(prompts, present, strict=True)]
         if actions is None:
-            data.update(self._padded(prompts, left=True))
+            data.update(self._padded(prompts, masks, left=True))
         else:
-            data.update(self._with_targets(prompts, actions, action_mask, keys))
+            data.update(self._with_targets(prompts, masks, actions, action_mask, keys))
         return VLAFeatures(data, tensor_type=return_tensors)
 
     def decode_actions(self, output, unnorm_key=None, clip_ids=False) -> np.ndarray:
@@ -194,26 +204,39 @@ class SpatialVLAProcessor(ProcessorMixin):
         if isinstance(text, str):
             text = text.removeprefix(IMAGE_TOKEN)
         check_words(text, self.tokenizer, self._control_ids)
-        num_images = self.image_processor.image_seq_length
+        num_images = self.image_processor.image_seq_length * self.action_codec.n_obs_steps
         prompt = f"{IMAGE_TOKEN * num_images}{self.tokenizer.bos_token}{text}\n"
         return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
-    def _padded(self, rows: list[list[int]], left: bool) -> dict[str, np.ndarray]:
-        mask = padded([[1] * len(row) for row in rows], 0, left)
-        return {"input_ids": padded(rows, self.tokenizer.pad_token_id, left), "attention_mask": mask}
+    def _frames(self, pictures, steps):
+        """What the camera saw; the present at least is to be there."""
+        frames = camera_steps(pictures, steps)
+        if not frames[-1][1]:
+            raise ValueError("Expected a picture of the present for every sample, got None.")
+        return frames
 
-    def _with_targets(self, prompts, actions, action_mask, keys) -> dict[str, np.ndarray]:
+    def _prompt_mask(self, prompt: list[int], present: np.ndarray) -> list[int]:
+        """0 on the tokens of frames from before the episode, which stand in front."""
+        images = np.repeat(present.astype(int), self.image_processor.image_seq_length).tolist()
+        return images + [1] * (len(prompt) - len(images))
+
+    def _padded(self, rows: list[list[int]], masks: list[list[int]], left: bool) -> dict[str, np.ndarray]:
+        ids = padded(rows, self.tokenizer.pad_token_id, left)
+        return {"input_ids": ids, "attention_mask": padded(masks, 0, left)}
+
+    def _with_targets(self, prompts, masks, actions, action_mask, keys) -> dict[str, np.ndarray]:
         actions, mask = targets(actions, action_mask, len(prompts))
-        rows, labels, types = [], [], []
-        for prompt, chunk, real, key in zip(prompts, actions, mask, keys, strict=True):
+        rows, attended, labels, types = [], [], [], []
+        for prompt, prompt_mask, chunk, real, key in zip(prompts, masks, actions, mask, keys, strict=True):
             ids = self.action_codec.encode(chunk, key) + self.action_token_begin
             suffix = np.append(ids, self.tokenizer.eos_token_id)
             supervised = np.append(np.repeat(real, len(ids) // len(real)), real.all())
             rows.append(prompt + suffix.tolist())
+            attended.append(prompt_mask + [1] * len(suffix))
             labels.append([IGNORED] * len(prompt) + np.where(supervised, suffix, IGNORED).tolist())
             types.append([0] * len(prompt) + [1] * len(suffix))
         return {
-            **self._padded(rows, left=False),
+            **self._padded(rows, attended, left=False),
             "labels": padded(labels, IGNORED),
             "token_type_ids": padded(types, 0),
         }
@@ -221,12 +244,15 @@ class SpatialVLAProcessor(ProcessorMixin):
     def _intrinsics(self, images, keys, intrinsics, size) -> np.ndarray | None:
         """Camera matrix of every sample in pixels of the model's image; None where no camera is known at all."""
         if intrinsics is not None:
-            matrices = as_numpy(intrinsics)
-            if matrices.shape not in ((3, 3), (len(images), 3, 3)):
+            matrices, steps = as_numpy(intrinsics), self.action_codec.n_obs_steps
+            batch_size = len(images) // steps
+            several = f" or ({batch_size}, {steps}, 3, 3)" if steps > 1 else ""
+            if matrices.shape not in ((3, 3), (batch_size, 3, 3), (batch_size, steps, 3, 3)):
                 raise ValueError(
-                    f"Expected intrinsics of shape (3, 3) or ({len(images)}, 3, 3), got {matrices.shape}."
+                    f"Expected intrinsics of shape (3, 3) or ({batch_size}, 3, 3){several}, got {matrices.shape}."
                 )
-            matrices = np.broadcast_to(matrices, (len(images), 3, 3))
+            matrices = matrices[:, None] if matrices.ndim == 3 else matrices
+            matrices = np.broadcast_to(matrices, (batch_size, steps, 3, 3)).reshape(-1, 3, 3)
             cameras = [CameraSpec(None, *image.size, matrix) for image, matrix in zip(images, matrices, strict=True)]
         else:
             cameras = [camera for key in keys for camera in self.camera_specs(key)]
@@ -260,8 +286,14 @@ class SpatialVLAProcessor(ProcessorMixin):
         return np.stack(rows)
 
 
-def _check_spec(key: str, spec: ActionSpec | None) -> None:
+def _check_spec(key: str, spec: ActionSpec | None, grid) -> None:
     """The grid takes its first three dimensions for a translation and its last for the gripper."""
+    if None not in (spec, grid) and len(spec.names) != grid.action_dim:
+        raise ValueError(
+            f"This SpatialVLA's grid bins {grid.action_dim} numbers of every robot alike, the actions of {key!r} have "
+            f"{len(spec.names)}, {list(spec.names)}: convert them to end-effector deltas with a gripper, or leave "
+            "that dataset out."
+        )
     if spec is not None and (spec.kind == "joint" or (spec.gripper and spec.gripper.index != len(spec.names) - 1)):
         raise ValueError(
             f"Expected end-effector actions with the gripper last, as the action grid bins them; the spec of {key!r} "
@@ -269,18 +301,24 @@ def _check_spec(key: str, spec: ActionSpec | None) -> None:
         )
 
 
-def _resized_depth(depth, batch_size: int, size: tuple[int, int]) -> np.ndarray:
+def _resized_depth(depth, leading: tuple[int, ...], size: tuple[int, int]) -> np.ndarray:
+    """Depth of the model's image, `(*leading, S, S)`: of a batch, or of its samples' steps."""
+    if len(leading) == 2 and is_batch(depth):  # a frame that is not there, and masked, is as far as the present
+        depth = [[maps[-1] if each is None else each for each in maps] for maps in depth]
+        depth = np.stack([as_numpy(maps) for maps in depth])
     depth = torch.from_numpy(as_numpy(depth))
     if not depth.is_floating_point():
         raise ValueError(f"Expected depth in metres as floating point, got {depth.dtype}: are these millimetres?")
     depth = depth[None] if depth.ndim == 2 else depth
-    if depth.ndim != 3 or len(depth) != batch_size:
-        raise ValueError(f"Expected depth of shape ({batch_size}, height, width) in metres, got {tuple(depth.shape)}.")
+    if depth.shape[:-2] != leading:
+        wanted = ", ".join(map(str, leading))
+        raise ValueError(f"Expected depth of shape ({wanted}, height, width) in metres, got {tuple(depth.shape)}.")
     if not (torch.isfinite(depth) & (depth > 0)).all():
         raise ValueError(
             "Expected a depth above 0 metres in every pixel, got zero, negative, NaN or infinite ones: fill holes."
         )
-    return F.interpolate(depth[:, None].float(), size, mode="nearest-exact")[:, 0].numpy()
+    maps = F.interpolate(depth.flatten(0, -3)[:, None].float(), size, mode="nearest-exact")
+    return maps.reshape(*leading, *size).numpy()
 
 
 def _from_published(published: dict) -> dict:

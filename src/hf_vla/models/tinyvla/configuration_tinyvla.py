@@ -85,11 +85,13 @@ class TinyVLAConfig(PreTrainedConfig):
         head_config (`dict`): `{"type": ..., **options}`, see `hf_vla.actions.heads.registry` (the published diffusion
             head).
         action_dim (`int`): numbers of one action.
-        state_dim (`int`, *optional*): numbers of the robot's state; None for models that see none.
+        state_dim (`int`, *optional*): numbers of the robot's state, at one step; None for models that see none.
         chunk_size (`int`): actions that one prediction holds.
         num_readout_tokens (`int`): learnt tokens behind the prompt; where there are any, the head sees their hidden
             states alone, as in Octo and OpenVLA-OFT.
         readout_token_id (`int`, *optional*): id of the first readout token; the others follow.
+        n_obs_steps (`int`): observations that the model sees, the last of them the present: the pictures of all stand
+            in the prompt, the head gets their states one behind the other.
 
     Source: TinyVLA, https://huggingface.co/papers/2409.12514
     """
@@ -106,6 +108,7 @@ class TinyVLAConfig(PreTrainedConfig):
     chunk_size: int = 16
     num_readout_tokens: int = 0
     readout_token_id: int | None = 50278
+    n_obs_steps: int = 1
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "TinyVLAConfig":
@@ -137,7 +140,8 @@ class TinyVLAConfig(PreTrainedConfig):
 
         The head's options are checked when the model builds it.
         """
-        for name, least in (("action_dim", 1), ("chunk_size", 1), ("state_dim", 1), ("num_readout_tokens", 0)):
+        sizes = {"action_dim": 1, "chunk_size": 1, "state_dim": 1, "n_obs_steps": 1, "num_readout_tokens": 0}
+        for name, least in sizes.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"Expected {name} of {least} or more, got {value}.")

@@ -60,8 +60,9 @@ class TinyVLAForActionPrediction(BackbonePreTrainedModel):
             self.backbone = pretrained_backbone(backbone, config)
         self._backbone_inputs = backbone_inputs(self.backbone)
         feature_dim = config.get_text_config().hidden_size
+        state_dim = None if config.state_dim is None else config.n_obs_steps * config.state_dim
         self.action_head = build_action_head(
-            config.head_config, feature_dim, config.action_dim, config.chunk_size, config.state_dim
+            config.head_config, feature_dim, config.action_dim, config.chunk_size, state_dim
         )
         if backbone is not None:
             self.follow_backbone()
@@ -134,8 +135,9 @@ class TinyVLAForActionPrediction(BackbonePreTrainedModel):
             input_ids, attention_mask, pixel_values, others: see `encode`.
             actions (`torch.FloatTensor` of shape `(batch_size, chunk_size, action_dim)`): normalised.
             action_mask (`torch.BoolTensor` of shape `(batch_size, chunk_size)`, *optional*): True where an action is
-                real; all of them by default.
-            state (`torch.FloatTensor` of shape `(batch_size, state_dim)`, *optional*): normalised.
+                real; all of them by default. `(batch_size, chunk_size, action_dim)` for robots of fewer dimensions.
+            state (`torch.FloatTensor` of shape `(batch_size, state_dim)`, *optional*): normalised;
+                `(batch_size, n_obs_steps, state_dim)` where the model sees several.
             generator (`torch.Generator`, *optional*): makes the head's noise repeatable.
 
         Returns:
@@ -150,7 +152,7 @@ class TinyVLAForActionPrediction(BackbonePreTrainedModel):
             action_mask = torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device)
         others = self.check_inputs("forward", others, self._backbone_inputs)
         features, mask = self.encode(input_ids, attention_mask, pixel_values, **others)
-        loss = self.action_head.loss(features, mask, actions, action_mask, state, generator)
+        loss = self.action_head.loss(features, mask, actions, action_mask, _flat(state), generator)
         return VLAOutput(loss=loss.mean(), hidden_states=(features,))
 
     @torch.no_grad()
@@ -163,14 +165,15 @@ class TinyVLAForActionPrediction(BackbonePreTrainedModel):
         generator: torch.Generator | None = None,
         noise: torch.FloatTensor | None = None,
         num_inference_steps: int | None = None,
+        action_mask: torch.BoolTensor | None = None,
         **others,
     ) -> VLAOutput:
         """Predict a chunk of actions; the backbone runs once, however many steps the head takes.
 
         Args:
             input_ids, attention_mask, pixel_values, others: see `encode`.
-            state (`torch.FloatTensor` of shape `(batch_size, state_dim)`, *optional*): normalised.
-            generator, noise, num_inference_steps: see `ActionHead.sample`.
+            state: see `forward`.
+            generator, noise, num_inference_steps, action_mask: see `ActionHead.sample`.
 
         Returns:
             [`VLAOutput`] with `actions` `(batch_size, chunk_size, action_dim)`, normalised, float32.
@@ -180,10 +183,14 @@ class TinyVLAForActionPrediction(BackbonePreTrainedModel):
         """
         others = self.check_inputs("predict_action", others, self._backbone_inputs)
         features, mask = self.encode(input_ids, attention_mask, pixel_values, **others)
-        actions = self.action_head.sample(
-            features, mask, state, generator=generator, noise=noise, num_inference_steps=num_inference_steps
-        )
+        options = {"noise": noise, "num_inference_steps": num_inference_steps, "action_mask": action_mask}
+        actions = self.action_head.sample(features, mask, _flat(state), generator=generator, **options)
         return VLAOutput(actions=actions)
+
+
+def _flat(state: torch.Tensor | None) -> torch.Tensor | None:
+    """The states of all steps one behind the other, the oldest first, as the head takes them."""
+    return None if state is None else state.flatten(1)
 
 
 # Only for registered models does peft translate adapters of older layouts; the backbones bring the translations along.

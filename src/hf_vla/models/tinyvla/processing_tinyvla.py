@@ -22,6 +22,7 @@ class TinyVLAProcessor(PromptProcessor):
     """
 
     own_prompt: ClassVar[dict[str, str]] = {"readout": ""}
+    takes_history = True
 
     @classmethod
     def from_scratch(cls, config: TinyVLAConfig, statistics: dict, action_config: dict, camera_config: dict):
