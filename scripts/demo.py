@@ -26,7 +26,7 @@ import hf_vla  # noqa: F401  (makes the Auto classes know our families)
 from hf_vla.cli.render import chunk_table, plot_chunk
 from hf_vla.data.collator import VLACollator
 from hf_vla.training.callbacks import TimeLimit
-from hf_vla.training.datasets import open_dataset
+from hf_vla.training.datasets import open_datasets
 from hf_vla.training.recipe import load_recipe
 from hf_vla.training.run import train
 from hf_vla.training.trainer import action_error
@@ -90,12 +90,13 @@ def evaluate(demo, output, num_frames=None):
     """Load the checkpoint like any other and compare its predictions with episodes that training never saw."""
     model, processor = (auto.from_pretrained(output / "model") for auto in (AutoModel, AutoProcessor))
     data = load_recipe(demo.recipe).data
-    dataset, train_set, eval_set = open_dataset(data)
+    (opened,) = open_datasets(data)
+    dataset, train_rows = opened.episodes, opened.train_rows
     collator = partial(VLACollator, unnorm_key=None, cameras=dataset.camera_keys, with_state=data.state is not None)
     column = dataset.column("action")
 
     # the first frame of an episode has no action before it that could be repeated
-    rows = np.array([row for row in eval_set.indices if dataset.column("frame_index")[row] > 0])
+    rows = np.array([row for row in opened.eval_rows if dataset.column("frame_index")[row] > 0])
     rows = rows[np.linspace(0, len(rows) - 1, min(num_frames or len(rows), len(rows))).round().astype(int)]
     others, tasks = rows.copy(), dataset.column("task_index")[rows]
     for task in np.unique(tasks):
@@ -127,8 +128,8 @@ def evaluate(demo, output, num_frames=None):
         demo.title: chunks,
         **({RECORDED: predict(rows, with_recorded_words)[0]} if said else {}),
         SWAPPED: predict(others)[0],
-        MEAN: np.broadcast_to(column[train_set.indices].mean(0), actions.shape),
-        MEDIAN: np.broadcast_to(np.median(column[train_set.indices], axis=0), actions.shape),
+        MEAN: np.broadcast_to(column[train_rows].mean(0), actions.shape),
+        MEDIAN: np.broadcast_to(np.median(column[train_rows], axis=0), actions.shape),
         LAST: np.broadcast_to(column[rows - 1][:, None], actions.shape),
     }
     compare_errors(demo, guesses, actions, mask, processor.action_codec)
@@ -138,7 +139,7 @@ def evaluate(demo, output, num_frames=None):
     words = None
     if said:
         texts = dataset.texts(data.reasoning)
-        compare_words(said, texts, rows, train_set.indices, dataset.column("task_index"))
+        compare_words(said, texts, rows, train_rows, dataset.column("task_index"))
         words = said[middle], texts[rows[middle]]
     show(dataset[rows[middle]], chunks[middle], actions[middle], words, processor, output)
 

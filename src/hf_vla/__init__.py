@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from hf_vla.actions.spec import GripperSpec as GripperSpec
     from hf_vla.actions.spec import StateSpec as StateSpec
     from hf_vla.data.lerobot import LeRobotEpisodes as LeRobotEpisodes
+    from hf_vla.data.recorder import LeRobotRecorder as LeRobotRecorder
+    from hf_vla.data.streaming import LeRobotStream as LeRobotStream
     from hf_vla.models.divla.configuration_divla import DiVLAConfig as DiVLAConfig
     from hf_vla.models.divla.modeling_divla import DiVLAForActionPrediction as DiVLAForActionPrediction
     from hf_vla.models.divla.processing_divla import DiVLAProcessor as DiVLAProcessor
@@ -44,6 +46,8 @@ _MODULES = {
     "DiVLAProcessor": "hf_vla.models.divla.processing_divla",
     "GripperSpec": "hf_vla.actions.spec",
     "LeRobotEpisodes": "hf_vla.data.lerobot",
+    "LeRobotRecorder": "hf_vla.data.recorder",
+    "LeRobotStream": "hf_vla.data.streaming",
     "PI0VLAConfig": "hf_vla.models.pi0_vla.configuration_pi0_vla",
     "PI0VLAForActionPrediction": "hf_vla.models.pi0_vla.modeling_pi0_vla",
     "PI0VLAProcessor": "hf_vla.models.pi0_vla.processing_pi0_vla",

@@ -29,7 +29,7 @@ def test_a_batch_is_what_the_processor_takes(dataset):
     assert batch["text"] == ["pick up the red block"] * 2
     assert torch.equal(batch["actions"], torch.stack([item["action"] for item in items]))
     assert batch["action_mask"].tolist() == [[True] * 4, [True, True, False, False]]
-    assert (batch["unnorm_key"], batch["return_tensors"]) == ("blocks", "pt")
+    assert (batch["unnorm_key"], batch["return_tensors"]) == (["blocks"] * 2, "pt")
 
 
 def test_of_several_cameras_each_sample_has_a_dictionary(goldens):
@@ -97,7 +97,7 @@ def test_the_reasoning_is_passed_in_training_alone(dataset):
     assert batch["reasoning"] == ["lift it", None, None, None]
     assert {key: batch[key] for key in ("text", "unnorm_key")} == {
         "text": [items[0]["task"]] * 4,
-        "unnorm_key": "blocks",
+        "unnorm_key": ["blocks"] * 4,
     }
     assert collator(items, camera_dropout=0.5)["reasoning"] == batch["reasoning"]
     assert "reasoning" not in collator.prompts(items)["inputs"] and "reasoning" not in collator.prompts(items)

@@ -1,21 +1,32 @@
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import TrainingArguments
 
-from hf_vla.training.arguments import CameraArguments, GridArguments, LoraArguments
+from hf_vla.actions.spec import GripperSpec
+from hf_vla.data.oxe import oxe_dataset, oxe_mixture
+from hf_vla.training.arguments import GridArguments, LoraArguments, ModelArguments, VLATrainingArguments
+from hf_vla.training.data_arguments import CameraArguments, DataArguments, DatasetArguments
 from hf_vla.training.recipe import load_recipe, parse_recipe
 
 RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
 TINY = RECIPES / "spatialvla_tiny.yaml"
+OTHER = {"source": "other", "cameras": [{"name": "front"}], "action": {"kind": "joint"}}
+# several datasets instead of the recipe's one
+NONE = {f"data.{name}": value for name, value in {"source": None, "action": None, "eval_episodes": []}.items()}
+ONLY = {**NONE, "data.datasets": [OTHER]}
+SEVERAL = {**NONE, "data.cameras": []}
+NAMED = {**NONE, "data.mixture": "bridge", "data.cameras": [{"name": "primary", "fovy": 60}]}
 
 
 def test_the_tiny_recipe_reads_in_full():
     recipe = load_recipe(TINY)
     assert recipe.model.preset == "tiny"
     assert recipe.model.grid == GridArguments([8, 16, 8, 8, 8, 8])
-    assert (recipe.data.unnorm_key, recipe.data.chunk_size) == ("robosuite_demos", 4)
+    assert (recipe.data.datasets[0].unnorm_key, recipe.data.chunk_size) == ("robosuite_demos", 4)
     assert recipe.data.cameras == [CameraArguments("agentview", 45.0)] and recipe.data.state is None
     assert (recipe.data.action.gripper.index, recipe.data.action.gripper.closed) == (6, 1.0)
     assert recipe.training.learning_rate == 1e-3
@@ -74,12 +85,16 @@ def test_the_command_line_overrides_the_file():
         ({"model.preset": None, "model.backbone": "x", "model.path": "x"}, "path='x', backbone='x'"),
         ({"model.preset": None, "model.grid": None, "model.path": "x", "model.config": {"a": 1}}, "model.config out"),
         ({"model.config": 3}, "model.config: expected"),
-        ({"training.full_learning_rate": "fast"}, "training.full_learning_rate: expected float"),
+        ({"training.learning_rates": 1e-4}, "training.learning_rates: expected"),
+        (
+            {"training.full_learning_rate": 1e-4},
+            r"no longer in use: write training.learning_rates: {head: ...} instead",
+        ),
         ({"data.cameras.0.intrinsics": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}, "came both"),
         ({"data.camera_dropout": 0.5}, "and 0 for one camera alone, came 0.5 for"),
         ({"data.cameras.0.name": "wrist", "data.camera_dropout": 1.0}, "camera_dropout from 0 to below 1"),
-        ({"training.full_learning_rate": 0.0}, "full_learning_rate above 0, came 0.0"),
-        ({"training.full_learning_rate": 1e-4}, "full_learning_rate is that of what is trained beside adapters"),
+        ({"training.learning_rates.head": 0.0}, "training.learning_rates.head above 0, came 0.0"),
+        ({"training.learning_rates.heads": 1e-4}, "came 'heads'. Did you mean head?"),
         ({"model.dtype": "bfloat16"}, "leave model.dtype float32, and set training.bf16: true"),
         (
             {
@@ -148,3 +163,75 @@ def test_an_override_reaches_into_lists_and_the_configuration():
     assert recipe.data.cameras == [CameraArguments("agentview"), CameraArguments("wrist", 75.0)]
     assert recipe.model.config["head_config"]["type"] == "regression"
     assert recipe.data.state is None and load_recipe(RECIPES / "tinyvla_tiny.yaml").data.state.frame == "base"
+
+
+def test_help_names_everything_of_a_recipe(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_recipe(["--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    own = {"training": set(VLATrainingArguments.__annotations__) - set(TrainingArguments.__annotations__)}
+    own |= {"model": {field.name for field in fields(ModelArguments)}}
+    own |= {
+        "data": {field.name for field in fields(DataArguments)} - {field.name for field in fields(DatasetArguments)}
+    }
+    own |= {"data.datasets.0": {field.name for field in fields(DatasetArguments)}, "model.lora": {"r", "parts"}}
+    for section, names in own.items():
+        assert [name for name in sorted(names) if f"--{section}.{name} " not in shown] == []
+    assert "transformers.TrainingArguments" in shown and "`" not in shown
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data.source": None}, "Expected one of data.source, data.datasets and data.mixture, came .*'source': None"),
+        ({"data.datasets": [OTHER]}, "Expected one of data.source, data.datasets and data.mixture, came .*'other'"),
+        ({"data.action": None}, "The recipe lacks data.action: what the actions of data.source mean"),
+        ({**ONLY, "data.cameras": [{"name": "wrist"}]}, "data.cameras is of data.source alone: several datasets have"),
+        ({**SEVERAL, "data.datasets": [OTHER, OTHER]}, r"called \['other'\]: give them different unnorm_keys"),
+        (
+            {**SEVERAL, "data.datasets": [OTHER, {**OTHER, "source": "x", "state": {}}]},
+            "Some of data.datasets have a state and some none",
+        ),
+        (
+            {**SEVERAL, "data.datasets": [{**OTHER, "weight": 0}]},
+            "Expected a weight above 0 for other, came 0.0",
+        ),
+        ({**SEVERAL, "data.datasets": [{**OTHER, "wait": 1}]}, "data.datasets.0.wait .* mean data.datasets.0.weight"),
+        ({**SEVERAL, "data.datasets": [{"source": "x"}]}, "The recipe lacks data.datasets.0.cameras"),
+        ({**SEVERAL, "data.mixture": "bridg"}, r"No mixture 'bridg'. Did you mean 'bridge'"),
+        ({**NAMED, "data.mixture_without": ["kuka"]}, r"names \['kuka'\], which 'bridge' has not: \['bridge_orig'\]"),
+        (
+            {**NAMED, "data.cameras": []},
+            r"Expected data.cameras among \['primary', .*bridge_orig, came \[\]",
+        ),
+        ({**NAMED, "data.source": "x"}, "Expected one of data.source, data.datasets and data.mixture"),
+        ({"data.balance": "rows"}, r"Expected data.balance among \('size', 'equal'\), came 'rows'"),
+        ({"data.chunk_tail": "zero"}, r"Expected data.chunk_tail among \('mask', 'hold'\), came 'zero'"),
+        ({"data.shuffle": "none"}, r"Expected data.shuffle among \('rows', 'windows'\), came 'none'"),
+        ({"data.n_obs_steps": 0}, "Expected data.n_obs_steps of 1 or more, came 0"),
+    ],
+)
+def test_data_that_are_no_choice(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(TINY, overrides)
+
+
+def test_a_mixture_is_the_datasets_that_the_table_has(tmp_path):
+    overrides = {**NAMED, "data.mixture": "oxe_spatial_vla_plus", "data.mixture_root": str(tmp_path)}
+    with pytest.raises(ValueError, match="rh20t_rlds .* no LeRobot conversion .* name it in data.mixture_without"):
+        load_recipe(TINY, overrides)
+    (tmp_path / "rh20t_rlds").mkdir()
+    (tmp_path / "bc_z").mkdir()
+    data = load_recipe(TINY, overrides | {"data.mixture_without": ["kuka"]}).data
+    by_name = {dataset.unnorm_key: dataset for dataset in data.datasets}
+    assert len(by_name) == len(oxe_mixture("oxe_spatial_vla_plus")) - 1 and "kuka" not in by_name
+    bridge, taco = by_name["bridge_orig"], by_name["taco_play"]
+    assert (bridge.source, bridge.weight) == (f"{tmp_path}/bridge_orig_lerobot", 1.0)
+    (camera,) = bridge.cameras  # what is known of a camera stands over what the recipe says of all
+    assert (camera.name, camera.source, camera.fovy, camera.size) == ("primary", "image_0", None, [640, 480])
+    assert taco.cameras == [CameraArguments("primary", 60.0, source="rgb_static")] and taco.weight == 2.0
+    assert taco.action.gripper == GripperSpec(6, open=1.0, closed=0.0) and taco.action.rotation == "euler_xyz"
+    # the conversion from RLDS has the common form, IPEC-COMMUNITY's keeps rotation vectors
+    assert (by_name["bc_z"].source, by_name["bc_z"].action.rotation) == (f"{tmp_path}/bc_z", "euler_xyz")
+    assert oxe_dataset("bc_z").action.rotation == "axis_angle"

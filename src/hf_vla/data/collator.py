@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from hf_vla.data import schema
+from hf_vla.data.mixture import DATASET
 
 
 class VLACollator:
@@ -13,12 +14,16 @@ class VLACollator:
 
     Args:
         processor: a processor of this library; called with `images, text, unnorm_key, actions, action_mask`.
-        unnorm_key (`str`, *optional*): the dataset whose statistics normalise the actions.
+        unnorm_key (`str`, *optional*): the dataset whose statistics normalise the actions of items that do not say,
+            as those of a [`~hf_vla.data.mixture.Mixture`] do, which dataset they are from.
         cameras (`Sequence[str]`): the cameras to look through, with or without `observation.images.`. The processor
             gets a picture for each sample; of several cameras a dictionary, camera's name -> picture.
         with_state (`bool`, defaults to `False`): also hand over `observation.state`.
         reasoning (`str`, *optional*): the text of the items that the model learns to say before it acts, such as
             `subtask`; in training batches alone. None in an item, or a blank text, is no reasoning: none is learnt.
+        hold_tail (`bool`, defaults to `False`): in training batches, the actions of a chunk that lie behind its
+            episode's end hold the robot's position, see [`~hf_vla.data.tail.hold_tail`], instead of counting for
+            nothing.
     """
 
     def __init__(
@@ -28,8 +33,9 @@ class VLACollator:
         cameras: Sequence[str],
         with_state: bool = False,
         reasoning: str | None = None,
+        hold_tail: bool = False,
     ):
-        self.processor, self.reasoning = processor, reasoning
+        self.processor, self.reasoning, self.hold_tail = processor, reasoning, hold_tail
         self.unnorm_key = unnorm_key
         if isinstance(cameras, str) or not cameras:
             raise ValueError(f"Expected a list of cameras, one or more, came {cameras!r}.")
@@ -49,7 +55,7 @@ class VLACollator:
         Raises:
             ValueError: the items lack the camera, the actions' padding, the state or the reasoning.
         """
-        targets = self._targets(items)
+        targets = self._held(items) if self.hold_tail else self._targets(items)
         if self.reasoning is not None:
             targets["reasoning"] = [self._reasoning(item) for item in items]
         if camera_dropout:
@@ -71,10 +77,23 @@ class VLACollator:
                 "actions need delta_timestamps for their chunk, cameras must be among those decoded."
             )
         return {
-            "actions": torch.stack([item[schema.ACTION] for item in items]),
+            "actions": _stacked([item[schema.ACTION] for item in items]),
             # The dataset marks what is padding, everything above it marks what is real: inverted here and only here.
             "action_mask": ~torch.stack([item[schema.ACTION + schema.PAD_SUFFIX] for item in items]),
         }
+
+    def _held(self, items):
+        from hf_vla.data.tail import hold_tail
+
+        targets = self._targets(items)
+        specs = [self.processor.action_codec.specs(key)[0] for key in self.unnorm_keys(items)]
+        chunks = zip(targets["actions"], targets["action_mask"], specs, strict=True)
+        held = [torch.as_tensor(hold_tail(chunk.numpy(), ~real.numpy(), spec)) for chunk, real, spec in chunks]
+        return {"actions": _stacked(held), "action_mask": torch.ones_like(targets["action_mask"])}
+
+    def unnorm_keys(self, items: Sequence[dict]) -> list[str | None]:
+        """Return the dataset of each item."""
+        return [item.get(DATASET, self.unnorm_key) for item in items]
 
     def _reasoning(self, item):
         text = item.get(self.reasoning, item)  # the item itself is no text
@@ -84,11 +103,11 @@ class VLACollator:
         raise ValueError(f"The items hold no text {self.reasoning!r} to learn as reasoning, only {texts}.")
 
     def _process(self, items, **targets):
-        state = {"state": torch.stack([item[schema.STATE] for item in items])} if self.with_state else {}
+        state = {"state": _stacked([item[schema.STATE] for item in items])} if self.with_state else {}
         return self.processor(
             images=[self._pictures(item) for item in items],
             text=[item[schema.TASK] for item in items],
-            unnorm_key=self.unnorm_key,
+            unnorm_key=self.unnorm_keys(items),
             return_tensors="pt",
             **targets,
             **state,
@@ -102,5 +121,18 @@ class VLACollator:
 
     def _pictures(self, item):
         if len(self.camera_keys) == 1:
-            return item[self.camera_keys[0]]
-        return {key.removeprefix(schema.IMAGES): item[key] for key in self.camera_keys}
+            return _history(item, self.camera_keys[0])
+        return {key.removeprefix(schema.IMAGES): _history(item, key) for key in self.camera_keys}
+
+
+def _history(item, key):
+    """A camera's picture or, of several observations, the list of them; None before the episode began."""
+    pictures, is_pad = item[key], item.get(key + schema.PAD_SUFFIX)
+    if pictures is None or is_pad is None:
+        return pictures
+    return [None if padded else picture for picture, padded in zip(pictures, is_pad.tolist(), strict=True)]
+
+
+def _stacked(rows: list[torch.Tensor]):
+    """One array where all rows have one shape; robots of different sizes keep theirs, in a list."""
+    return torch.stack(rows) if len({row.shape for row in rows}) == 1 else rows

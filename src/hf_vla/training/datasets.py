@@ -1,34 +1,119 @@
-"""The datasets of a recipe: opened, and split into rows to train on and rows held out."""
+"""The datasets of a recipe: opened, split into rows to train on and rows held out, and joined."""
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Subset
 
 from hf_vla.data import schema
-from hf_vla.data.lerobot import LeRobotEpisodes, local_folder
-from hf_vla.training.arguments import DataArguments
+from hf_vla.data.cache import FrameCache
+from hf_vla.data.files import DatasetFiles
+from hf_vla.data.filters import Filtered, find_flaws, reaching
+from hf_vla.data.lerobot import LeRobotEpisodes
+from hf_vla.data.mixture import Mixture
+from hf_vla.training.data_arguments import DataArguments, DatasetArguments
+
+logger = logging.getLogger(__name__)
 
 
-def open_dataset(data: DataArguments) -> tuple[LeRobotEpisodes, Subset, Subset | None]:
-    """Open the dataset with windows of actions, and split it by episodes.
+@dataclass(frozen=True)
+class OpenDataset:
+    """A dataset of a recipe.
 
-    Returns:
-        `tuple`: the whole dataset, the rows to train on, and those of the held-out episodes (None without any).
+    Args:
+        arguments (`DatasetArguments`): what the recipe says of it.
+        episodes ([`~hf_vla.data.lerobot.LeRobotEpisodes`]): its rows, with windows of actions and observations.
+        train_rows (`np.ndarray` of shape `(n,)`): those to train on.
+        eval_rows (`np.ndarray` of shape `(m,)`): those of the held-out episodes.
+        flaws ([`~hf_vla.data.filters.Filtered`], *optional*): what the recipe's filters found.
+    """
+
+    arguments: DatasetArguments
+    episodes: LeRobotEpisodes
+    train_rows: np.ndarray
+    eval_rows: np.ndarray
+    flaws: Filtered | None = None
+
+    @property
+    def learnt_starts(self) -> np.ndarray:
+        """First of the rows to train on of every episode, counted among them, and their number at the end."""
+        return np.searchsorted(self.train_rows, self.episodes.episode_starts)
+
+
+def open_datasets(data: DataArguments) -> list[OpenDataset]:
+    """Open the datasets of a recipe, and split each by episodes.
 
     Raises:
         ValueError: a held-out episode does not exist, or none is left to train on.
     """
-    fps = schema.read_info(local_folder(data.source, data.revision)).fps
-    deltas = {schema.ACTION: [step / fps for step in range(data.chunk_size)]}
+    cache = data.frame_cache and FrameCache(data.frame_cache, int(data.frame_cache_gb * 1e9))
+    return [_open(data, arguments, cache) for arguments in data.datasets]
+
+
+def join(data: DataArguments, datasets: list[OpenDataset]) -> tuple[Mixture, Mixture | None]:
+    """Join the rows to train on, and the held-out ones (None without any)."""
+    missing = {}
+    for dataset in datasets:
+        own = [camera.name for camera in dataset.arguments.cameras]
+        missing[dataset.arguments.unnorm_key] = [schema.camera_key(role) for role in data.roles if role not in own]
+    train = {each.arguments.unnorm_key: Subset(each.episodes, each.train_rows.tolist()) for each in datasets}
+    held_out = {
+        each.arguments.unnorm_key: Subset(each.episodes, each.eval_rows.tolist())
+        for each in datasets
+        if len(each.eval_rows)
+    }
+    weights = {each.arguments.unnorm_key: each.arguments.weight for each in datasets}
+    return Mixture(train, weights, data.balance, missing), Mixture(held_out, missing=missing) if held_out else None
+
+
+def write_report(datasets: list[OpenDataset], folder: str | Path) -> None:
+    """Write what filters left out, and why, to `data_report.json`; nothing where there were none."""
+    flaws = [dataset.flaws for dataset in datasets if dataset.flaws is not None]
+    for line in (line for each in flaws for line in each.lines()):
+        logger.info("Left out of the training: %s", line)
+    if flaws:
+        path = Path(folder, "data_report.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([each.report() for each in flaws], indent=2), encoding="utf-8")
+
+
+def _open(data: DataArguments, arguments: DatasetArguments, cache: FrameCache | None) -> OpenDataset:
+    names = [camera.name for camera in arguments.cameras]
+    files = DatasetFiles(arguments.source, arguments.revision, data.streaming)
+    fps = schema.read_info(files.root).fps
+    windows = {schema.ACTION: [step / fps for step in range(data.chunk_size)]}
+    if data.n_obs_steps > 1:
+        seen = [schema.camera_key(name) for name in names] + [schema.STATE] * (arguments.state is not None)
+        windows |= dict.fromkeys(seen, [step / fps for step in range(1 - data.n_obs_steps, 1)])
     dataset = LeRobotEpisodes(
-        data.source, deltas, cameras=[camera.name for camera in data.cameras], revision=data.revision
+        arguments.source,
+        windows,
+        arguments.episodes,
+        names,
+        files.revision,
+        camera_map={camera.name: camera.source or camera.name for camera in arguments.cameras},
+        streaming=data.streaming,
+        frame_cache=cache,
     )
     known = {episode.index for episode in dataset.episodes}
-    unknown = sorted(set(data.eval_episodes) - known)
-    if unknown or known == set(data.eval_episodes):
+    unknown = sorted(set(arguments.eval_episodes) - known)
+    if unknown or known == set(arguments.eval_episodes):
         raise ValueError(
             f"Expected data.eval_episodes to be some of the {len(known)} episodes of {dataset.name} "
             f"({min(known)} to {max(known)}), came {unknown or 'all of them'}."
         )
-    held_out = np.isin(dataset.column("episode_index"), data.eval_episodes)
-    train_set = Subset(dataset, np.flatnonzero(~held_out).tolist())
-    return dataset, train_set, Subset(dataset, np.flatnonzero(held_out).tolist()) if held_out.any() else None
+    held_out = np.isin(dataset.column("episode_index"), arguments.eval_episodes)
+    if data.filters is None:
+        return OpenDataset(arguments, dataset, np.flatnonzero(~held_out), np.flatnonzero(held_out))
+    action = arguments.action
+    gripper = None if action.gripper is None else action.gripper.index
+    flaws = find_flaws(dataset, action.kind, gripper, ~held_out, **asdict(data.filters))
+    kept = ~flaws.taken_out
+    dataset, held_out, spoilt = dataset.keep(kept), held_out[kept], flaws.spoilt[kept]
+    learnt = ~held_out & ~reaching(spoilt, dataset.episode_starts, data.chunk_size)
+    if not learnt.any():
+        raise ValueError(f"The filters leave nothing of {dataset.name} to train on: {' '.join(flaws.lines())}")
+    return OpenDataset(arguments, dataset, np.flatnonzero(learnt), np.flatnonzero(held_out), flaws)

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -10,8 +11,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
+from transformers import TrainingArguments
 
-from hf_vla.training.arguments import DataArguments, ModelArguments, VLATrainingArguments
+from hf_vla.training.arguments import ModelArguments, VLATrainingArguments
+from hf_vla.training.data_arguments import DataArguments
+
+RENAMED = {"full_learning_rate": "training.learning_rates: {head: ...}"}
 
 
 @dataclass
@@ -23,16 +28,11 @@ class Recipe:
     training: VLATrainingArguments
 
     def __post_init__(self):
-        if self.training.full_learning_rate is not None and self.model.lora is None:
-            raise ValueError(
-                "training.full_learning_rate is that of what is trained beside adapters: give model.lora, or leave it "
-                "out."
-            )
         deepspeed = getattr(self.training, "hf_deepspeed_config", None)
-        if self.training.full_learning_rate is not None and deepspeed and "optimizer" in deepspeed.config:
+        if self.training.learning_rates and deepspeed and "optimizer" in deepspeed.config:
             raise ValueError(
-                "DeepSpeed's own optimizer knows one learning rate: to use training.full_learning_rate, leave "
-                "DeepSpeed's section optimizer out."
+                "DeepSpeed's own optimizer knows one learning rate: to use training.learning_rates, leave DeepSpeed's "
+                "section optimizer out."
             )
         if self.model.dtype == "bfloat16" and (self.model.lora is None or not self.training.bf16):
             raise ValueError(
@@ -70,8 +70,14 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
 
 def parse_recipe(arguments: Sequence[str]) -> Recipe:
     """Read a recipe as the command line names it: `--config FILE --training.max_steps 20 --data.chunk_size=8`."""
+    sections = get_type_hints(Recipe).items()
     parser = argparse.ArgumentParser(
-        description="Train a VLA. Every value of the recipe can be given as --section.name VALUE.", allow_abbrev=False
+        prog="hf-vla train",
+        description="Train a VLA from a recipe, a YAML file. Each of its values can be overridden: "
+        "--section.name VALUE, such as --training.max_steps 20 or --data.cameras.0.fovy 60.",
+        epilog="\n\n".join(text for name, cls in sections for text in _described(name, cls, set())),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="recipe in YAML, see scripts/recipes")
     known, rest = parser.parse_known_args(arguments)
@@ -105,6 +111,28 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _described(section: str, cls, seen: set[type]) -> list[str]:
+    """What the docstrings of a section, and of those in it, say of each name, for `--help`; each section once."""
+    seen.add(cls)
+    lines = [f"{section}: {_plain(cls.__doc__.splitlines()[0])}"]
+    names = r"^ {8}(\w[\w, ]*) \((.*?)\): (.*?)(?=^ {8}\w|^ *$|\Z)"
+    for name, kind, text in re.findall(names, cls.__doc__, re.M | re.S):
+        lines.append(f"  --{section}.{name}  {_plain(kind)}")
+        lines.append(textwrap.fill(_plain(text), 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    if issubclass(cls, TrainingArguments):  # transformers documents its own
+        return ["\n".join(lines)]
+    parts = ["\n".join(lines)]
+    for name, hint in get_type_hints(cls).items():
+        inner = next((kind for kind in get_args(hint) or (hint,) if is_dataclass(kind) and kind not in seen), None)
+        if inner is not None:
+            parts += _described(f"{section}.{name}" + ".0" * (get_origin(hint) is list), inner, seen)
+    return parts
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\[?`~?([^`]*)`\]?", r"\1", " ".join(text.split())).replace("*", "")
+
+
 def _place(section, part, name):
     """Key of a section, or index of a list: `data.cameras.0.fovy`."""
     if isinstance(section, dict):
@@ -122,6 +150,8 @@ def _build(cls, values, where):
     names = [item.name for item in known]
     for name in values:
         if name not in names:
+            if name in RENAMED:
+                raise ValueError(f"{prefix}{name} is no longer in use: write {RENAMED[name]} instead.")
             close = get_close_matches(str(name), names, n=1)
             hint = f" Did you mean {prefix}{close[0]}?" if close else f" There are {names}."
             raise ValueError(f"Unknown name {prefix}{name} in the recipe.{hint}")

@@ -2,15 +2,21 @@
 
 from collections.abc import Sequence
 
+from torch.utils.data import Sampler
 from transformers import TrainerCallback, set_seed
 
 from hf_vla.data.collator import VLACollator
+from hf_vla.data.mixture import Mixture, MixtureSampler
+from hf_vla.data.sampling import WindowSampler
 from hf_vla.training.builders.registry import build
 from hf_vla.training.callbacks import SeedOfProcess
 from hf_vla.training.checkpoints import check_same_model, check_same_robot, checkpoint_to_resume
-from hf_vla.training.datasets import open_dataset
+from hf_vla.training.datasets import OpenDataset, join, open_datasets, write_report
+from hf_vla.training.faults import StopOnTermination
 from hf_vla.training.recipe import Recipe
 from hf_vla.training.trainer import VLATrainer
+
+MAX_OPEN = 16  # windows that a worker reads side by side
 
 
 def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, float]:
@@ -28,18 +34,25 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     """
     data = recipe.data
     set_seed(recipe.training.seed)  # a new model's weights
-    dataset, train_set, eval_set = open_dataset(data)
-    model, processor = build(recipe, dataset, train_set)
-    cameras = [camera.name for camera in data.cameras]
+    datasets = open_datasets(data)
+    if recipe.training.should_save:
+        write_report(datasets, recipe.training.output_dir)
+    model, processor = build(recipe, datasets)
+    train_set, eval_set = join(data, datasets)
+    with_state = data.datasets[0].state is not None  # all of them have one, or none
+    collator = VLACollator(
+        processor, None, data.roles, with_state, data.reasoning, hold_tail=data.chunk_tail == "hold"
+    )
     trainer = VLATrainer(
         model=model,
         args=recipe.training,
-        data_collator=VLACollator(processor, data.unnorm_key, cameras, data.state is not None, data.reasoning),
+        data_collator=collator,
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=processor,
+        train_sampler=sampler(recipe, datasets, train_set),
         camera_dropout=data.camera_dropout,
-        callbacks=[SeedOfProcess(), *callbacks],
+        callbacks=[SeedOfProcess(), StopOnTermination(), *callbacks],
     )
     checkpoint = checkpoint_to_resume(recipe.training)
     if checkpoint is not None:
@@ -51,3 +64,23 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     trainer.save_model()
     trainer.save_state()
     return metrics
+
+
+def sampler(recipe: Recipe, datasets: list[OpenDataset], train_set: Mixture) -> Sampler | None:
+    """Order of the training rows; None for the Trainer's own, which draws every row once an epoch."""
+    data, training = recipe.data, recipe.training
+    if data.shuffle == "windows":
+        lanes = max(1, training.dataloader_num_workers) * training.world_size
+        orders = [
+            WindowSampler(
+                each.learnt_starts,
+                lanes=lanes,
+                num_open=max(1, min(MAX_OPEN, training.train_batch_size)),
+                seed=training.seed,
+            )
+            for each in datasets
+        ]
+        return MixtureSampler(train_set, training.seed, orders, lanes, training.train_batch_size)
+    if all(dataset.weight == 1 for dataset in data.datasets) and data.balance == "size":
+        return None
+    return MixtureSampler(train_set, training.seed)

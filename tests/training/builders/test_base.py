@@ -3,8 +3,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hf_vla.training.arguments import CameraArguments
-from hf_vla.training.builders.base import camera_spec, column_names
+from hf_vla.training.data_arguments import CameraArguments
+from hf_vla.training.facts import camera_spec, column_names
 
 
 def dataset(key, **feature):

@@ -3,12 +3,12 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import Subset
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 import hf_vla  # noqa: F401
@@ -17,18 +17,17 @@ from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.models.divla.modeling_divla import DiVLAForActionPrediction
 from hf_vla.policy import Policy
 from hf_vla.training.arguments import ModelArguments
-from hf_vla.training.builders.base import dataset_facts
 from hf_vla.training.builders.divla import build_divla
 from hf_vla.training.builders.registry import build
-from hf_vla.training.datasets import open_dataset
+from hf_vla.training.datasets import open_datasets
+from hf_vla.training.facts import data_facts
 from hf_vla.training.run import train
 
 CHECKPOINT = {"model__preset": None, "model__config": None}
 
 
 def make(recipe):
-    dataset, train_set, _ = open_dataset(recipe.data)
-    return build(recipe, dataset, train_set)
+    return build(recipe, open_datasets(recipe.data))
 
 
 def save(parts, folder):
@@ -112,20 +111,19 @@ def test_a_checkpoint_says_what_it_learns_to_the_end_or_nothing(
 
 def test_what_only_held_out_episodes_say_is_not_taught(make_recipe, tmp_path):
     data = make_recipe(tmp_path, "divla_tiny").data
-    dataset = open_dataset(data)[0]
-    texts = dataset.texts("subtask")
-    rows = Subset(dataset, np.flatnonzero(texts == texts[0]).tolist())
-    assert len(set(texts)) > 1 and dataset_facts(data, dataset, rows).reasonings == [texts[0]]
+    (opened,) = open_datasets(data)
+    texts = opened.episodes.texts("subtask")
+    opened = replace(opened, train_rows=np.flatnonzero(texts == texts[0]))
+    assert len(set(texts)) > 1 and data_facts(data, [opened]).reasonings == [texts[0]]
 
 
 @pytest.mark.parametrize("source", ["preset", "backbone"])
 def test_a_new_model_is_of_the_recipes_precision(source, qwen, make_recipe, tmp_path):
     recipe = make_recipe(tmp_path, "divla_latent_tiny")
-    dataset, train_set, _ = open_dataset(recipe.data)
     arguments = ModelArguments(
         "divla", **{source: "tiny" if source == "preset" else str(qwen)}, config=recipe.model.config, dtype="bfloat16"
     )
-    model, _ = build_divla(arguments, dataset_facts(recipe.data, dataset, train_set))
+    model, _ = build_divla(arguments, data_facts(recipe.data, open_datasets(recipe.data)))
     assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
 
 
@@ -314,9 +312,10 @@ def test_frames_without_a_text_are_counted(make_recipe, tmp_path, caplog, monkey
         return column
 
     monkeypatch.setattr(LeRobotEpisodes, "texts", partly)
-    dataset, train_set, _ = open_dataset(make_recipe(tmp_path, "divla_tiny").data)
-    rows = Subset(dataset, list(range(2, 10)))  # of them 8 and 4, 9 and 5 have none
-    assert dataset_facts(make_recipe(tmp_path, "divla_tiny").data, dataset, rows).without_text == 0.5
+    data = make_recipe(tmp_path, "divla_tiny").data
+    (opened,) = open_datasets(data)
+    opened = replace(opened, train_rows=np.arange(2, 10))  # of them 8 and 4, 9 and 5 have none
+    assert data_facts(data, [opened]).without_text == 0.5
     make(make_recipe(tmp_path, "divla_tiny", data__eval_episodes=[]))
     (message,) = (record.getMessage() for record in caplog.records if "no text" in record.getMessage())
     assert message.startswith("50 % of the frames have no text: their actions are learnt without words, but")

@@ -1,7 +1,7 @@
 import pytest
 
 from hf_vla.training.builders.registry import build
-from hf_vla.training.datasets import open_dataset
+from hf_vla.training.datasets import open_datasets
 
 
 @pytest.mark.parametrize(
@@ -14,6 +14,6 @@ from hf_vla.training.datasets import open_dataset
 )
 def test_what_pi0_has_not_is_refused(make_recipe, tmp_path, overrides, message):
     recipe = make_recipe(tmp_path, "pi0_vla_tiny", **overrides)
-    dataset, train_set, _ = open_dataset(recipe.data)
+    datasets = open_datasets(recipe.data)
     with pytest.raises(ValueError, match=message):
-        build(recipe, dataset, train_set)
+        build(recipe, datasets)

@@ -12,7 +12,7 @@ from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.models.tinyvla.modeling_tinyvla import TinyVLAForActionPrediction
 from hf_vla.policy import Policy
 from hf_vla.training.builders.registry import build
-from hf_vla.training.datasets import open_dataset
+from hf_vla.training.datasets import open_datasets
 from hf_vla.training.run import train
 
 GRID = {"model__grid": {"num_bins": [4, 4, 4]}}
@@ -21,8 +21,7 @@ CAMERAS = {"data__cameras": [{"name": "wrist"}, {"name": "agentview"}]}
 
 
 def make(recipe):
-    dataset, train_set, _ = open_dataset(recipe.data)
-    return build(recipe, dataset, train_set)
+    return build(recipe, open_datasets(recipe.data))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from hf_vla.models.divla.scale_dp import load_scale_dp
 from hf_vla.models.published import NORMALIZATION, STATE_NORMALIZATION
 from hf_vla.training.arguments import ModelArguments
 from hf_vla.training.builders.base import (
-    DatasetFacts,
     check_sizes,
     config_overrides,
     continuous_dictionaries,
@@ -21,6 +20,7 @@ from hf_vla.training.builders.base import (
     load_checkpoint,
     refuse,
 )
+from hf_vla.training.facts import DataFacts
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ OTHER_NAME = "The checkpoint knows a robot of this name; name another one by ano
 NEW_HEAD = "To give its vision-language model a new action head, name it as model.backbone."
 
 
-def build_divla(arguments: ModelArguments, facts: DatasetFacts):
+def build_divla(arguments: ModelArguments, facts: DataFacts):
     """Make or load a DiVLA whose processor knows the dataset's statistics, robot and cameras.
 
     `max_reasoning_tokens` follow the data, where the recipe does not say them: enough for the longest text, or 0
@@ -40,7 +40,7 @@ def build_divla(arguments: ModelArguments, facts: DatasetFacts):
 
     Args:
         arguments (`ModelArguments`): the recipe's section model.
-        facts (`DatasetFacts`): of the dataset.
+        facts (`DataFacts`): of the data.
 
     Returns:
         `tuple`: model and processor.
@@ -65,7 +65,8 @@ def build_divla(arguments: ModelArguments, facts: DatasetFacts):
         )
     dictionaries = continuous_dictionaries(facts, NORMALIZATION, STATE_NORMALIZATION)
     if (arguments.config or {}).get("latent_dim") is not None:
-        dictionaries["embodiments"] = {facts.unnorm_key: embodiment_name(facts.unnorm_key)}
+        key = facts.only("a batch is for one robot where actions are latent")
+        dictionaries["embodiments"] = {key: embodiment_name(key)}
     makers = {"preset": _new, "backbone": _new_head, "path": _pretrained}
     make = next(maker for source, maker in makers.items() if getattr(arguments, source) is not None)
     model, processor = make(arguments, facts, dictionaries)
@@ -84,7 +85,7 @@ def embodiment_name(unnorm_key: str) -> str:
     return unnorm_key.replace(".", "_")
 
 
-def _overrides(arguments: ModelArguments, facts: DatasetFacts, dictionaries):
+def _overrides(arguments: ModelArguments, facts: DataFacts, dictionaries):
     """Fields of a new model's configuration."""
     given = dict(facts.sizes)
     if "embodiments" in dictionaries:
@@ -93,14 +94,14 @@ def _overrides(arguments: ModelArguments, facts: DatasetFacts, dictionaries):
     return config_overrides(arguments, DiVLAConfig, given)
 
 
-def _new(arguments: ModelArguments, facts: DatasetFacts, dictionaries):
+def _new(arguments: ModelArguments, facts: DataFacts, dictionaries):
     """Untrained model."""
     config = DiVLAConfig.from_preset(arguments.preset, **_overrides(arguments, facts, dictionaries))
     model = DiVLAForActionPrediction(config).to(getattr(torch, arguments.dtype))
     return model, DiVLAProcessor.from_scratch(config, **dictionaries)
 
 
-def _new_head(arguments: ModelArguments, facts: DatasetFacts, dictionaries):
+def _new_head(arguments: ModelArguments, facts: DataFacts, dictionaries):
     """Pretrained vision-language model, or that of a DiVLA, with untrained FiLM, head and robot."""
     overrides = _overrides(arguments, facts, dictionaries)
     backbone, parts = load_backbone(arguments, AutoModelForImageTextToText, DiVLAForActionPrediction)
@@ -110,20 +111,24 @@ def _new_head(arguments: ModelArguments, facts: DatasetFacts, dictionaries):
     return model, DiVLAProcessor.from_backbone(parts, config, **dictionaries, prompt_config=arguments.prompt_config)
 
 
-def _pretrained(arguments: ModelArguments, facts: DatasetFacts, dictionaries):
+def _pretrained(arguments: ModelArguments, facts: DataFacts, dictionaries):
     """Checkpoint that keeps its weights, prompt and normalisation, but speaks for our dataset."""
-    model, pretrained = load_checkpoint(arguments.path, arguments.dtype)
+    model, pretrained = load_checkpoint(arguments)
     keep_normalization(dictionaries, pretrained)
     own, wanted, hint = {name: getattr(model.config, name) for name in facts.sizes}, facts.sizes, NEW_HEAD
-    known, name, robot = model.config.embodiments or {}, embodiment_name(facts.unnorm_key), None
+    known, robot = model.config.embodiments or {}, None
     robots = {key: _known_robot(model.config, pretrained, key) for key in pretrained.action_codec.keys if known}
-    is_new = arguments.new_embodiment and facts.unnorm_key not in robots and name not in known
+    is_new = False
+    if known or arguments.new_embodiment:
+        key = facts.only("a batch is for one robot where actions are latent")
+        name = embodiment_name(key)
+        is_new = arguments.new_embodiment and key not in robots and name not in known
     if is_new:
         wanted, hint = {"chunk_size": facts.chunk_size}, SHARED
-        if own["state_dim"] is None or facts.state_spec is None:
+        if own["state_dim"] is None or not facts.takes_state:
             wanted["state_dim"] = facts.sizes["state_dim"]
     elif known:
-        robot = _known_robot(model.config, pretrained, facts.unnorm_key)
+        robot = _known_robot(model.config, pretrained, key)
         own |= known[robot]
         hint = OTHER_NAME if arguments.new_embodiment else NEW_ROBOT
     check_sizes(arguments.path, own, wanted, hint)
@@ -135,7 +140,7 @@ def _pretrained(arguments: ModelArguments, facts: DatasetFacts, dictionaries):
             logger.info("The checkpoint knows this robot as %r: it is trained further, alone.", robot)
         model.train_embodiment(robot)
     if robot is not None:
-        _keep_others(pretrained, robots, facts, robot, dictionaries)
+        _keep_others(pretrained, robots, key, robot, dictionaries)
     return model, DiVLAProcessor(
         pretrained.image_processor, pretrained.tokenizer, **dictionaries, prompt_config=pretrained.prompt_config
     )
@@ -153,7 +158,7 @@ def _known_robot(config: DiVLAConfig, pretrained: DiVLAProcessor, unnorm_key: st
     return name if name in known else next(iter(known))
 
 
-def _keep_others(pretrained: DiVLAProcessor, robots: dict[str, str], facts: DatasetFacts, name: str, dictionaries):
+def _keep_others(pretrained: DiVLAProcessor, robots: dict[str, str], unnorm_key: str, name: str, dictionaries):
     """Keep what a checkpoint knows of its other robots; what it knew of this one is of another training."""
     gone = {key for key, robot in robots.items() if robot == name}
     config = dictionaries["action_config"]
@@ -163,10 +168,10 @@ def _keep_others(pretrained: DiVLAProcessor, robots: dict[str, str], facts: Data
         place = config if each == "specs" else dictionaries
         place[each] = {key: entry for key, entry in entries.items() if key not in gone} | place[each]
     others = {key: robot for key, robot in robots.items() if key not in gone}
-    dictionaries["embodiments"] = others | {facts.unnorm_key: name}
+    dictionaries["embodiments"] = others | {unnorm_key: name}
 
 
-def _fit_reasonings(arguments: ModelArguments, facts: DatasetFacts, config: DiVLAConfig, processor) -> None:
+def _fit_reasonings(arguments: ModelArguments, facts: DataFacts, config: DiVLAConfig, processor) -> None:
     """Let a model that learns to speak say what the data teach to its end, and nothing where they teach nothing.
 
     What the recipe says of it is kept.

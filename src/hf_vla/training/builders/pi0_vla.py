@@ -7,7 +7,6 @@ from hf_vla.models.pi0_vla.modeling_pi0_vla import PI0VLAForActionPrediction
 from hf_vla.models.pi0_vla.processing_pi0_vla import PI0VLAProcessor
 from hf_vla.training.arguments import ModelArguments
 from hf_vla.training.builders.base import (
-    DatasetFacts,
     config_overrides,
     continuous_dictionaries,
     keep_normalization,
@@ -15,16 +14,17 @@ from hf_vla.training.builders.base import (
     refuse,
     refuse_reasoning,
 )
+from hf_vla.training.facts import DataFacts
 
 NORMALIZATION = {"mode": "mean_std", "clip": False, "convention": "lerobot"}  # as published, actions and state alike
 
 
-def build_pi0_vla(arguments: ModelArguments, facts: DatasetFacts):
+def build_pi0_vla(arguments: ModelArguments, facts: DataFacts):
     """Make or load a pi0 whose processor knows the dataset's statistics, robot and cameras.
 
     Args:
         arguments (`ModelArguments`): the recipe's section model.
-        facts (`DatasetFacts`): of the dataset.
+        facts (`DataFacts`): of the data.
 
     Returns:
         `tuple`: model and processor.
@@ -47,7 +47,7 @@ def build_pi0_vla(arguments: ModelArguments, facts: DatasetFacts):
         model = PI0VLAForActionPrediction(config).to(getattr(torch, arguments.dtype))
         processor = PI0VLAProcessor.from_scratch(config, **dictionaries)
     else:
-        model, pretrained = load_checkpoint(arguments.path, arguments.dtype)
+        model, pretrained = load_checkpoint(arguments)
         keep_normalization(dictionaries, pretrained)
         processor = PI0VLAProcessor(pretrained.image_processor, pretrained.tokenizer, **dictionaries)
         model.config.chunk_size = facts.chunk_size  # nothing in the weights depends on it

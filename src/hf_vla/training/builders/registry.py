@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from torch.utils.data import Subset
 from transformers import AutoConfig
 
-from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.models.base import check_folder
 from hf_vla.training.arguments import ModelArguments
-from hf_vla.training.builders.base import dataset_facts
 from hf_vla.training.builders.divla import build_divla
 from hf_vla.training.builders.pi0_vla import build_pi0_vla
 from hf_vla.training.builders.spatialvla import build_spatialvla
 from hf_vla.training.builders.tinyvla import build_tinyvla
+from hf_vla.training.datasets import OpenDataset
+from hf_vla.training.facts import data_facts
+from hf_vla.training.optimization import SPATIAL_EMBEDDING, freeze_backbone
 from hf_vla.training.recipe import Recipe
 
 BUILDERS = {
@@ -23,20 +23,22 @@ BUILDERS = {
 }
 
 
-def build(recipe: Recipe, dataset: LeRobotEpisodes, train_set: Subset):
-    """Make or load the model, and the processor that knows the dataset's statistics, robot and cameras.
+def build(recipe: Recipe, datasets: list[OpenDataset]):
+    """Make or load the model, and the processor that knows the datasets' statistics, robots and cameras.
 
     Returns:
         `tuple`: the model, with adapters where the recipe asks for them, and the processor.
 
     Raises:
-        ValueError: the family is unknown or not the checkpoint's, or recipe and dataset do not suit it.
+        ValueError: the family is unknown or not the checkpoint's, or recipe and data do not suit it.
     """
     arguments, name = recipe.model, family(recipe.model)
-    model, processor = BUILDERS[name](arguments, dataset_facts(recipe.data, dataset, train_set))
+    model, processor = BUILDERS[name](arguments, data_facts(recipe.data, datasets))
+    if arguments.tune == "head":
+        freeze_backbone(model)
     if arguments.lora is None:
         return model, processor
-    from hf_vla.training.lora import SPATIAL_EMBEDDING, add_lora  # takes seconds to import
+    from hf_vla.training.lora import add_lora  # takes seconds to import
 
     if arguments.path is None:
         # An adapter is saved with the name of its base model, and a pretrained VLM with a new head is a new one.

@@ -10,20 +10,22 @@ from hf_vla.models.spatialvla.modeling_spatialvla import SpatialVLAForConditiona
 from hf_vla.models.spatialvla.processing_spatialvla import SpatialVLAProcessor
 from hf_vla.training.arguments import GridArguments, ModelArguments
 from hf_vla.training.builders.base import (
-    DatasetFacts,
     config_overrides,
     load_checkpoint,
     refuse,
     refuse_reasoning,
 )
+from hf_vla.training.facts import DataFacts
+
+SHARED = ("chunk_size", "n_obs_steps")  # of processor and config; no weight depends on them
 
 
-def build_spatialvla(arguments: ModelArguments, facts: DatasetFacts):
+def build_spatialvla(arguments: ModelArguments, facts: DataFacts):
     """Make or load a SpatialVLA whose processor knows the dataset's statistics, grid, robot and camera.
 
     Args:
         arguments (`ModelArguments`): the recipe's section model.
-        facts (`DatasetFacts`): of the dataset.
+        facts (`DataFacts`): of the data.
 
     Returns:
         `tuple`: model and processor.
@@ -31,34 +33,55 @@ def build_spatialvla(arguments: ModelArguments, facts: DatasetFacts):
     Raises:
         ValueError: the recipe asks for what SpatialVLA has not, or its grid does not fit the actions.
     """
-    spec = facts.action_spec
     refuse("spatialvla", "give model.preset or model.path.", model__backbone=arguments.backbone)
     refuse_reasoning("spatialvla", arguments, facts)
-    refuse("spatialvla", "it sees images and words alone.", data__state=facts.state_spec)
-    if len(facts.cameras) != 1:
-        names = [camera.name for camera in facts.cameras]
+    refuse("spatialvla", "it sees images and words alone.", data__state=facts.takes_state)
+    names = next(iter(facts.cameras.values()))
+    if len(names) != 1:
+        names = [camera["name"] for camera in names]
         raise ValueError(f"spatialvla looks through one camera: choose one of {names} in data.cameras.")
-    if spec.gripper is None:
-        raise ValueError("SpatialVLA's grid ends in a gripper: give data.action.gripper with index, open and closed.")
-    modes = ["quantile"] * len(spec.names)
-    modes[spec.gripper.index] = "zero_one"
     dictionaries = {
-        "statistics": {facts.unnorm_key: facts.statistics},
+        "statistics": facts.statistics,
         "action_config": {
             "chunk_size": facts.chunk_size,
-            "normalization": {"mode": modes, "clip": True, "convention": "spatialvla"},
+            "n_obs_steps": facts.n_obs_steps,
+            "normalization": {"mode": _modes(facts), "clip": True, "convention": "spatialvla"},
             "tokenizer": None,
-            "specs": {facts.unnorm_key: facts.specs},
+            "specs": facts.specs,
         },
-        "camera_config": {facts.unnorm_key: facts.cameras[0].to_dict()},
+        "camera_config": {key: cameras[0] for key, cameras in facts.cameras.items()},
     }
     codec = ActionCodec(dictionaries["statistics"], dictionaries["action_config"])
-    normalized_actions = codec.normalizer(facts.unnorm_key).normalize(facts.actions)
+    normalized_actions = np.concatenate(
+        [codec.normalizer(key).normalize(dataset.actions) for key, dataset in facts.datasets.items()]
+    )
     make = _new if arguments.preset is not None else _pretrained
     model, processor = make(arguments, normalized_actions, dictionaries)
-    if model.config.use_ego3d and facts.cameras[0].intrinsics is None:
-        raise ValueError("This model encodes 3-D positions: give fovy or intrinsics of the camera in data.cameras.")
+    for key, dataset in facts.datasets.items():
+        if model.config.use_ego3d and dataset.cameras[0].intrinsics is None:
+            raise ValueError(
+                f"This model encodes 3-D positions: give fovy or intrinsics of the camera of {key!r} in data.cameras."
+            )
     return model, processor
+
+
+def _modes(facts: DataFacts) -> list[str]:
+    """How each number is normalised; robots that share a grid share the numbers' places."""
+    layouts = {}
+    for key, dataset in facts.datasets.items():
+        spec = dataset.action_spec
+        if spec.gripper is None:
+            raise ValueError(
+                "SpatialVLA's grid ends in a gripper: give data.action.gripper with index, open and closed."
+            )
+        layouts[key] = (spec.kind, len(spec.names), spec.gripper.index)
+    if len(set(layouts.values())) > 1:
+        raise ValueError(
+            "SpatialVLA's grid bins the actions of all datasets alike; these differ in their kind, their number of "
+            f"dimensions or the place of the gripper: {layouts}. Leave out those that do not fit."
+        )
+    _, action_dim, gripper = next(iter(layouts.values()))
+    return ["zero_one" if index == gripper else "quantile" for index in range(action_dim)]
 
 
 def _new(arguments: ModelArguments, normalized_actions, dictionaries):
@@ -67,7 +90,7 @@ def _new(arguments: ModelArguments, normalized_actions, dictionaries):
     dictionaries["action_config"]["tokenizer"] = {"type": "gaussian_grid", **grid.to_dict()}
     preset = SpatialVLAConfig.from_preset(arguments.preset)
     given = {
-        "chunk_size": dictionaries["action_config"]["chunk_size"],
+        **{name: dictionaries["action_config"][name] for name in SHARED},
         "spatial_token_num": grid.vocab_size,
         "action_block_sizes": [end - start for _, start, end in grid.blocks],
         "text_config": preset.text_config.to_dict() | {"vocab_size": preset.action_token_begin_idx + grid.vocab_size},
@@ -82,20 +105,18 @@ def _pretrained(arguments: ModelArguments, normalized_actions, dictionaries):
 
     Its text embedding stays frozen, as published.
     """
-    model, pretrained = load_checkpoint(arguments.path, arguments.dtype)
+    model, pretrained = load_checkpoint(arguments)
     grid = source = pretrained.action_codec.tokenizer
     if arguments.adapt_grid:
         grid = _fit(normalized_actions, arguments.grid or GridArguments(), source.num_bins, source.use_spherical)
         model.adapt_spatial_embeddings(source, grid)
     dictionaries["action_config"]["tokenizer"] = {"type": "gaussian_grid", **grid.to_dict()}
-    chunk_size = dictionaries["action_config"]["chunk_size"]
     processor = type(pretrained)(pretrained.image_processor, pretrained.tokenizer, **dictionaries)
-    if arguments.lora is not None and chunk_size != model.config.chunk_size:
-        raise ValueError(
-            f"An adapter shares its checkpoint's config: expected data.chunk_size {model.config.chunk_size}, came "
-            f"{chunk_size}."
-        )
-    model.config.chunk_size = chunk_size
+    for name in SHARED:
+        own, wanted = getattr(model.config, name), dictionaries["action_config"][name]
+        if arguments.lora is not None and wanted != own:
+            raise ValueError(f"An adapter shares its checkpoint's config: expected data.{name} {own}, came {wanted}.")
+        setattr(model.config, name, wanted)
     if model.config.use_spatial_token:
         model.get_input_embeddings().requires_grad_(False)
     return model, processor

@@ -9,24 +9,25 @@ from hf_vla.models.tinyvla.modeling_tinyvla import TinyVLAForActionPrediction
 from hf_vla.models.tinyvla.processing_tinyvla import TinyVLAProcessor
 from hf_vla.training.arguments import ModelArguments
 from hf_vla.training.builders.base import (
-    DatasetFacts,
     check_sizes,
     config_overrides,
     continuous_dictionaries,
     keep_normalization,
+    keep_sizes,
     load_backbone,
     load_checkpoint,
     refuse,
     refuse_reasoning,
 )
+from hf_vla.training.facts import DataFacts
 
 
-def build_tinyvla(arguments: ModelArguments, facts: DatasetFacts):
+def build_tinyvla(arguments: ModelArguments, facts: DataFacts):
     """Make or load a TinyVLA whose processor knows the dataset's statistics, robot and cameras.
 
     Args:
         arguments (`ModelArguments`): the recipe's section model.
-        facts (`DatasetFacts`): of the dataset.
+        facts (`DataFacts`): of the data.
 
     Returns:
         `tuple`: model and processor.
@@ -43,8 +44,8 @@ def build_tinyvla(arguments: ModelArguments, facts: DatasetFacts):
     refuse_reasoning("tinyvla", arguments, facts)
     dictionaries = continuous_dictionaries(facts, NORMALIZATION, STATE_NORMALIZATION)
     if arguments.path is not None:
-        return _pretrained(arguments, facts.sizes, dictionaries)
-    overrides = config_overrides(arguments, TinyVLAConfig, facts.sizes)
+        return _pretrained(arguments, facts, dictionaries)
+    overrides = config_overrides(arguments, TinyVLAConfig, {**facts.sizes, "n_obs_steps": facts.n_obs_steps})
     _check_readout(overrides)
     make = _new if arguments.preset is not None else _new_head
     return make(arguments, overrides, dictionaries)
@@ -85,12 +86,16 @@ def _check_readout(overrides) -> None:
         )
 
 
-def _pretrained(arguments: ModelArguments, sizes, dictionaries):
+def _pretrained(arguments: ModelArguments, facts: DataFacts, dictionaries):
     """Checkpoint that keeps its weights, prompt and normalisation, but speaks for our dataset."""
-    model, pretrained = load_checkpoint(arguments.path, arguments.dtype)
+    model, pretrained = load_checkpoint(arguments)
+    sizes = keep_sizes(dictionaries, pretrained, facts.sizes)
+    if facts.takes_state:  # the head sees the states of all steps
+        sizes["n_obs_steps"] = facts.n_obs_steps
     own = {name: getattr(model.config, name) for name in sizes}
     hint = "To give its vision-language model a new action head, name it as model.backbone."
     check_sizes(arguments.path, own, sizes, hint)
+    model.config.n_obs_steps = facts.n_obs_steps
     keep_normalization(dictionaries, pretrained)
     return model, TinyVLAProcessor(
         pretrained.image_processor, pretrained.tokenizer, **dictionaries, prompt_config=pretrained.prompt_config
