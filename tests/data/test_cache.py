@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -214,6 +215,21 @@ def test_processes_together_keep_no_more_than_max_bytes(tmp_path, video):
     assert bytes_of_pictures(cache.folder) == 40 * SIZE
     kept = FrameCache(cache.folder, cache.max_bytes)._video(video)
     assert sum(kept.picture(frame / 30) is not None for frame in range(60)) == 40  # none has overwritten another's
+
+
+def test_who_adds_waits_for_others_who_add_and_who_reads_does_not(cache, video):
+    cache.read(video, times(1), decode)
+    process = FORK.Process(target=cache.read, args=(video, times(2), decode))
+    with open(cache.folder / "lock", "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        process.start()
+        process.join(0.3)
+        assert process.is_alive()
+        cache.read(video, times(1), nothing_to_decode)
+        fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: the process has the file as well
+    process.join(30)
+    assert process.exitcode == 0
+    cache.read(video, times(2), nothing_to_decode)
 
 
 def test_videos_nobody_asks_for_give_way(tmp_path):

@@ -16,7 +16,7 @@ from hf_vla.training.faults import StopOnTermination
 from hf_vla.training.recipe import Recipe
 from hf_vla.training.trainer import VLATrainer
 
-MAX_OPEN = 16  # windows that a worker reads side by side
+MAX_OPEN = 32  # windows that a worker reads side by side; fewer decoders than VideoFrames keeps open
 
 
 def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, float]:
