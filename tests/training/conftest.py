@@ -2,14 +2,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen2VLForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen2VLForConditionalGeneration, set_seed
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from hf_vla.data.collator import VLACollator
 from hf_vla.models.byte_tokenizer import byte_tokenizer
 from hf_vla.models.divla.configuration_divla import DiVLAConfig
 from hf_vla.models.tinyvla.configuration_tinyvla import TinyVLAConfig
+from hf_vla.training.builders.registry import build
+from hf_vla.training.datasets import join, open_datasets
 from hf_vla.training.recipe import load_recipe
+from hf_vla.training.trainer import VLATrainer
 
 RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
 
@@ -31,9 +35,34 @@ def make_recipe(demos):
             "training.eval_action_samples": 6,
             "training.save_steps": 3,
             "training.disable_tqdm": True,
+            "training.estimate_memory": False,  # a second
         }
         overrides = {name.replace("__", "."): value for name, value in overrides.items()}
         return load_recipe(RECIPES / f"{recipe}.yaml", short | overrides)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_trainer(make_recipe):
+    """The trainer of a short recipe, two rows a step, not yet started."""
+
+    def make(output_dir, recipe="spatialvla_tiny", **overrides):
+        options = {"training__per_device_train_batch_size": 2, "training__save_strategy": "no"}
+        recipe = make_recipe(output_dir, recipe, **(options | overrides))
+        set_seed(recipe.training.seed)
+        datasets = open_datasets(recipe.data)
+        model, processor = build(recipe, datasets)
+        train_set, eval_set = join(recipe.data, datasets)
+        with_state = recipe.data.state is not None
+        return VLATrainer(
+            model=model,
+            args=recipe.training,
+            data_collator=VLACollator(processor, None, recipe.data.roles, with_state, recipe.data.reasoning),
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            processing_class=processor,
+        )
 
     return make
 

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoProcessor, TrainerCallback
 import hf_vla  # noqa: F401
 from hf_vla.policy import Policy
 from hf_vla.training.builders.registry import build
-from hf_vla.training.datasets import open_dataset
+from hf_vla.training.datasets import open_datasets
 from hf_vla.training.run import train
 from hf_vla.training.trainer import VLATrainer
 
@@ -32,7 +32,7 @@ def divla_run(qwen, small_head, make_recipe, tmp_path_factory):
         head = small_head["head_config"] | {"type": "flow_matching"}  # it clips no latents
         options |= {"model__config": {"head_config": head, "latent_dim": 6, "max_reasoning_tokens": 36}}
         options |= {"training__dataloader_num_workers": 0, "training__learning_rate": 1e-2}
-        options |= {"training__full_learning_rate": 1e-2, "training__max_steps": 4, "training__save_steps": 2}
+        options |= {"training__learning_rates": {"head": 1e-2}, "training__max_steps": 4, "training__save_steps": 2}
         options |= {"data__chunk_size": 4, "training__per_device_train_batch_size": 2, "data__eval_episodes": []}
         return make_recipe(folder, "divla_lora", **(options | overrides))
 
@@ -61,7 +61,7 @@ def tinyvla_run(vlm, small_head, make_recipe, tmp_path_factory):
             "training__bf16": False,
         }
         options |= {"training__dataloader_num_workers": 0, "training__learning_rate": 1e-2}
-        options |= {"training__full_learning_rate": 1e-3, "training__max_steps": 4, "training__save_steps": 2}
+        options |= {"training__learning_rates": {"head": 1e-3}, "training__max_steps": 4, "training__save_steps": 2}
         options |= {"data__chunk_size": 4, "training__per_device_train_batch_size": 2, "data__eval_episodes": []}
         return make_recipe(folder, "tinyvla_lora", **(options | overrides))
 
@@ -130,8 +130,7 @@ def test_an_adapter_takes_its_own_base_and_not_what_lies_where_it_was(tinyvla_ru
 
 
 def make(recipe):
-    dataset, train_set, _ = open_dataset(recipe.data)
-    return build(recipe, dataset, train_set)
+    return build(recipe, open_datasets(recipe.data))
 
 
 def test_resuming_keeps_the_base_that_is_there(tinyvla_run, tmp_path):
@@ -207,7 +206,7 @@ def test_what_is_trained_is_float32_on_a_bfloat16_model(
     words = {"max_reasoning_tokens": 4} if family == "divla" else {}  # what is said takes longest
     if family == "tinyvla":
         options["model__config"] = {**small_head, "num_readout_tokens": 2}
-        options |= {"training__learning_rate": 2e-4, "training__full_learning_rate": 2e-5}
+        options |= {"training__learning_rate": 2e-4, "training__learning_rates": {"head": 2e-5}}
         recipe = tinyvla_run.recipe(tmp_path, **options)
     elif family == "divla":
         recipe = divla_run.recipe(tmp_path, **options)
@@ -280,14 +279,3 @@ def test_resuming_keeps_both_learning_rates(tinyvla_run, tmp_path):
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (tinyvla_run.folder, tmp_path))
     assert first.keys() == second.keys() and any("action_head" in name for name in first)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
-
-
-def test_a_learning_rate_without_adapters_is_an_error(make_recipe, tmp_path):
-    with pytest.raises(ValueError, match="training.full_learning_rate is that of what is trained beside adapters"):
-        train(make_recipe(tmp_path, training__full_learning_rate=1e-4))
-
-
-def test_a_learning_rate_for_nothing_is_an_error(tiny_checkpoint, make_recipe, tmp_path):
-    options = {"model__preset": None, "model__grid": None, "model__path": str(tiny_checkpoint), "model__lora__r": 4}
-    with pytest.raises(ValueError, match="this run trains nothing beside them: leave it out"):
-        train(make_recipe(tmp_path, **options, training__full_learning_rate=1e-4))

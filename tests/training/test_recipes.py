@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
 
 from hf_vla.actions.heads.registry import build_action_head
 from hf_vla.models.divla.scale_dp import SCALE_DP_HEADS
@@ -28,6 +30,7 @@ SYSTEMS = {
     "pi0": ("flow_matching", 16, 0, True, 2),
     "regression": ("regression", 4, 0, True, 2),
     "rt1": ("classification", 1, 0, False, 2),
+    "tinyvla_head": ("diffusion", 16, 0, True, 2),
     "tinyvla_lora": ("diffusion", 16, 0, True, 2),
     "tinyvla_tiny": ("diffusion", 4, 0, True, 2),
 }
@@ -46,7 +49,7 @@ def test_every_recipe_loads(name):
 def test_a_recipe_trains_and_predicts(name, make_recipe, vlm, qwen, small_head, demo_item, tmp_path):
     overrides = {}
     if load_recipe(RECIPES[name], {"training.use_cpu": True}).model.backbone is not None:  # of a size for tests
-        overrides = {"model__backbone": str(vlm if name == "tinyvla_lora" else qwen)}
+        overrides = {"model__backbone": str(vlm if name.startswith("tinyvla_") else qwen)}
         overrides |= {"training__bf16": False, "training__dataloader_num_workers": 0}
         if name == "divla_scaledp":
             options = {"depth": 2, "hidden_size": 16, "num_heads": 2}
@@ -83,11 +86,27 @@ def test_a_recipe_trains_and_predicts(name, make_recipe, vlm, qwen, small_head, 
     )
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["spatialvla_adapt", "spatialvla_full", "spatialvla_lora"])
+def test_a_recipe_for_a_checkpoint_trains_what_it_says(name, make_recipe, tiny_checkpoint, tmp_path):
+    options = {"model__path": str(tiny_checkpoint), "data__eval_episodes": [], "training__save_strategy": "no"}
+    options |= {"training__max_steps": 2, "training__per_device_train_batch_size": 2, "training__use_cpu": True}
+    train(make_recipe(tmp_path, name, **options, training__dataloader_num_workers=0))
+    model = AutoModel.from_pretrained(tmp_path)
+    names = [name for name, _ in model.named_parameters()]
+    assert any("lora_" in each for each in names) == (name != "spatialvla_full")
+    assert any("spatial_embed_tokens.modules_to_save" in each for each in names) == (name == "spatialvla_adapt")
+    before = load_file(tiny_checkpoint / "model.safetensors")["spatial_embed_tokens.weight"]
+    own = next(value for each, value in model.named_parameters() if each.startswith("spatial_embed_tokens"))
+    embedding = dict(model.named_parameters()).get("spatial_embed_tokens.modules_to_save.default.weight", own)
+    assert torch.equal(embedding, before.to(embedding.dtype)) == (name == "spatialvla_lora")
+
+
 def test_the_tinyvla_lora_recipe_has_the_published_hyper_parameters():
     recipe = load_recipe(RECIPES["tinyvla_lora"], {"training.use_cpu": True})
     training, lora = recipe.training, recipe.model.lora
     assert (lora.r, lora.alpha, lora.dropout) == (64, 256, 0.05)
-    assert (training.learning_rate, training.full_learning_rate, training.warmup_steps) == (2e-4, 2e-5, 0.005)
+    assert (training.learning_rate, training.learning_rates, training.warmup_steps) == (2e-4, {"head": 2e-5}, 0.005)
     assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.9, 0.98, 1e-7)
     assert (training.max_steps, training.per_device_train_batch_size, recipe.data.chunk_size) == (10000, 32, 16)
     assert training.lr_scheduler_type == "cosine" and training.weight_decay == 0.0 and training.bf16
@@ -98,7 +117,7 @@ def test_the_large_recipes_of_divla_have_the_published_hyper_parameters(name):
     recipe = load_recipe(RECIPES[name], {"training.use_cpu": True})
     training, lora = recipe.training, recipe.model.lora
     assert (lora.r, lora.alpha, lora.dropout) == (64, 256, 0.05)
-    assert (training.learning_rate, training.full_learning_rate, training.warmup_steps) == (2e-5, 2e-4, 0.01)
+    assert (training.learning_rate, training.learning_rates, training.warmup_steps) == (2e-5, {"head": 2e-4}, 0.01)
     assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.9, 0.98, 1e-7)
     assert (training.max_steps, training.per_device_train_batch_size, recipe.data.chunk_size) == (60000, 12, 16)
     assert training.lr_scheduler_type == "cosine" and training.weight_decay == 0.0 and training.bf16

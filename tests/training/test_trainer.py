@@ -1,8 +1,6 @@
 import json
-import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +19,7 @@ from hf_vla.actions.tokenizers.gaussian_grid import transfer_embeddings
 from hf_vla.data.collator import VLACollator
 from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.training.builders.registry import build
-from hf_vla.training.checkpoints import checkpoint_to_resume
-from hf_vla.training.datasets import open_dataset
+from hf_vla.training.datasets import join, open_datasets
 from hf_vla.training.run import train
 from hf_vla.training.trainer import VLATrainer, action_error
 
@@ -53,8 +50,9 @@ def losses(folder):
 
 def test_three_steps_lower_the_loss_of_a_fixed_batch(make_recipe, tmp_path):
     recipe = make_recipe(tmp_path, training__max_steps=3, training__save_strategy="no")
-    dataset, train_set, _ = open_dataset(recipe.data)
-    model, processor = build(recipe, dataset, train_set)
+    datasets = open_datasets(recipe.data)
+    train_set, _ = join(recipe.data, datasets)
+    model, processor = build(recipe, datasets)
     trainer = VLATrainer(
         model=model,
         args=recipe.training,
@@ -135,39 +133,6 @@ def test_action_error_by_hand():
     }
 
 
-KILLED = """
-import os, signal, sys
-from transformers.trainer_callback import TrainerState
-from hf_vla.training.recipe import parse_recipe
-from hf_vla.training.builders.registry import build
-from hf_vla.training.run import train
-
-save = TrainerState.save_to_json
-def save_or_die(state, path):
-    if state.global_step == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(state, path)
-TrainerState.save_to_json = save_or_die
-train(parse_recipe(sys.argv[1:]))
-"""
-
-
-def test_a_run_killed_in_mid_save_resumes_to_the_same_end(run, make_recipe, tmp_path, demos, caplog):
-    arguments = ["--config", "scripts/recipes/spatialvla_tiny.yaml", f"--data.source={demos}"]
-    options = ["output_dir", "max_steps", "per_device_train_batch_size", "warmup_steps", "logging_steps"]
-    recipe = make_recipe(tmp_path)
-    arguments += [f"--training.{name}={getattr(recipe.training, name)}" for name in options]
-    arguments += ["--training.save_steps=1", "--training.eval_strategy=no", "--data.eval_episodes=[3, 7]"]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    assert (tmp_path / "checkpoint-4" / "optimizer.pt").is_file()
-    with caplog.at_level(logging.WARNING):
-        train(make_recipe(tmp_path, training__resume_from_checkpoint=True))
-    assert "checkpoint-4 was not saved completely (killed in mid-save?) and is passed over" in caplog.text
-    assert_same_weights(tmp_path, run[0])
-    assert losses(tmp_path) == losses(run[0])
-
-
 def test_resuming_equals_an_uninterrupted_run(run, make_recipe, tmp_path):
     shutil.copytree(run[0] / "checkpoint-3", tmp_path / "checkpoint-3")
     train(make_recipe(tmp_path, training__resume_from_checkpoint=True, training__save_strategy="no"))
@@ -184,6 +149,7 @@ def test_resuming_takes_every_weight_from_the_checkpoint(run, make_recipe, tmp_p
 
 def test_a_checkpoint_that_lacks_weights_is_not_resumed(run, make_recipe, tmp_path):
     shutil.copytree(run[0] / "checkpoint-3", tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-3" / "manifest.json").unlink()  # which says so first
     path = tmp_path / "checkpoint-3" / "model.safetensors"
     tensors = load_file(path)
     del tensors["spatial_embed_tokens.weight"]
@@ -222,7 +188,10 @@ def test_a_gripper_that_is_not_the_datasets_is_an_error(make_recipe, tmp_path):
     ("overrides", "message"),
     [
         ({"data__action__gripper": None}, "grid ends in a gripper: give data.action.gripper"),
-        ({"data__cameras__0__fovy": None}, "give fovy or intrinsics of the camera in data.cameras"),
+        (
+            {"data__cameras__0__fovy": None},
+            "give fovy or intrinsics of the camera of 'robosuite_demos' in data.cameras",
+        ),
         ({"model__grid__num_bins": [8, 8, 8]}, r"the dataset's actions have 7, model.grid.num_bins \[8, 8, 8\]"),
         ({"data__action__rotation": "quaternion_xyzw"}, "take 8 numbers; the action has 7"),
     ],
@@ -258,8 +227,9 @@ def test_the_grid_bins_end_effector_motion(make_recipe, tmp_path):
 def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(make_recipe, tmp_path, rows):
     """Frames at the end of an episode have padded chunks: fewer labels, but a sample counts as a sample."""
     recipe = make_recipe(tmp_path)
-    dataset, train_set, _ = open_dataset(recipe.data)
-    model, processor = build(recipe, dataset, train_set)
+    (opened,) = open_datasets(recipe.data)
+    model, processor = build(recipe, [opened])
+    dataset = opened.episodes
     collate = VLACollator(processor, "robosuite_demos", ["agentview"])
     end = int(dataset.episode_starts[1])
     items = [dataset[row] for row in (0, 1, end - 1, end - 2)]
@@ -270,34 +240,6 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(make_recipe, tmp_pat
         for i in range(0, 4, rows)
     ]
     torch.testing.assert_close(torch.stack(parts).mean(0), whole, atol=1e-6, rtol=1e-3)
-
-
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_that_lacks_a_file_is_an_error(run, make_recipe, tmp_path, name):
-    shutil.copytree(run[0] / "checkpoint-3", tmp_path / "checkpoint-3")
-    (tmp_path / "checkpoint-3" / name).unlink()
-    recipe = make_recipe(tmp_path, training__resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match=rf"checkpoint-3 lacks \['{name}'\]: resuming would go on with fresh ones"):
-        checkpoint_to_resume(recipe.training)
-
-
-def test_which_checkpoint_is_resumed(run, make_recipe, tmp_path, caplog):
-    def resume(**overrides):
-        return checkpoint_to_resume(make_recipe(tmp_path, **overrides).training)
-
-    assert resume() is None
-    assert resume(training__resume_from_checkpoint=True) is None
-    assert "No complete checkpoint" in caplog.text
-    shutil.copytree(run[0] / "checkpoint-3", tmp_path / "checkpoint-3")
-    shutil.copytree(run[0] / "checkpoint-6", tmp_path / "checkpoint-10")  # as text, 3 comes after 10
-    assert resume(training__resume_from_checkpoint=True) == str(tmp_path / "checkpoint-10")
-    (tmp_path / "checkpoint-12").mkdir()
-    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_st')
-    assert resume(training__resume_from_checkpoint=True) == str(tmp_path / "checkpoint-10")
-    third = str(tmp_path / "checkpoint-3")
-    assert resume(training__resume_from_checkpoint=third) == third
-    with pytest.raises(ValueError, match="checkpoint-12 is no complete checkpoint"):
-        resume(training__resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
 
 
 def test_a_checkpoint_keeps_its_grid_and_text_embedding(run, make_recipe, tmp_path):
@@ -322,9 +264,9 @@ def test_adapting_the_grid_moves_the_spatial_embedding(run, make_recipe, tmp_pat
         model__grid={"distribution": "mixture"},
         data__eval_episodes=[],
     )
-    dataset, train_set, eval_set = open_dataset(recipe.data)
-    assert eval_set is None
-    model, processor = build(recipe, dataset, train_set)
+    datasets = open_datasets(recipe.data)
+    assert join(recipe.data, datasets)[1] is None
+    model, processor = build(recipe, datasets)
     old, new = AutoProcessor.from_pretrained(run[0]).action_codec.tokenizer, processor.action_codec.tokenizer
     assert (new.distribution, new.num_bins) == ("mixture", old.num_bins)
     wanted = transfer_embeddings(weights(run[0])["spatial_embed_tokens.weight"].numpy(), old, new)
@@ -334,7 +276,7 @@ def test_adapting_the_grid_moves_the_spatial_embedding(run, make_recipe, tmp_pat
 @pytest.mark.parametrize(("episodes", "came"), [([3, 22], r"\[22\]"), (list(range(22)), "all of them")])
 def test_held_out_episodes_must_exist_and_leave_some(make_recipe, tmp_path, episodes, came):
     with pytest.raises(ValueError, match=rf"some of the 22 episodes of .* \(0 to 21\), came {came}"):
-        open_dataset(make_recipe(tmp_path, data__eval_episodes=episodes).data)
+        open_datasets(make_recipe(tmp_path, data__eval_episodes=episodes).data)
 
 
 @pytest.mark.parametrize("launcher", ["accelerate launch", "two processes"])

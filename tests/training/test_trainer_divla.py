@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 import hf_vla  # noqa: F401
 from hf_vla.data.collator import VLACollator
 from hf_vla.training.builders.registry import build
-from hf_vla.training.datasets import open_dataset
+from hf_vla.training.datasets import join, open_datasets
 from hf_vla.training.run import train
 from hf_vla.training.trainer import VLATrainer
 
@@ -84,8 +84,9 @@ def test_resuming_equals_an_uninterrupted_run(run, tmp_path):
 
 
 def trainer_of(recipe, rows=None, change=lambda model: None, **options):
-    dataset, train_set, eval_set = open_dataset(recipe.data)
-    model, processor = build(recipe, dataset, train_set)
+    datasets = open_datasets(recipe.data)
+    train_set, eval_set = join(recipe.data, datasets)
+    model, processor = build(recipe, datasets)
     change(model)
     return VLATrainer(
         model=model,
@@ -280,6 +281,7 @@ def test_a_run_is_resumed_with_the_same_words_and_robots(name, run, tmp_path):
     config = json.loads((folder / "processor_config.json").read_text())
     config[name] |= {"template": "{images}{instruction}?"} if name == "prompt_config" else {"robosuite_demos": "arm"}
     (folder / "processor_config.json").write_text(json.dumps(config))
+    (folder / "manifest.json").unlink()  # which says so first
     with pytest.raises(ValueError, match=f"The recipe gives another {name} than .*checkpoint-2"):
         train(run[1](tmp_path, training__resume_from_checkpoint=True))
 
@@ -289,6 +291,6 @@ def test_what_a_batch_says_is_the_columns_text(make_recipe, tmp_path):
     batch = trainer.data_collator([trainer.train_dataset[row] for row in (0, 30)])
     processor = trainer.processing_class
     said = [processor.tokenizer.decode(row[row >= 0], skip_special_tokens=True) for row in batch["labels"]]
-    column = open_dataset(make_recipe(tmp_path, "divla_tiny").data)[0].texts("subtask")
+    column = open_datasets(make_recipe(tmp_path, "divla_tiny").data)[0].episodes.texts("subtask")
     assert said == [f"{column[row]}Next action:" for row in (0, 30)] and said[0] != said[1]
     assert "labels" not in trainer.data_collator.prompts([trainer.train_dataset[0]])["inputs"]

@@ -14,7 +14,7 @@ import hf_vla  # noqa: F401
 from hf_vla.data.collator import VLACollator
 from hf_vla.training.builders.registry import build
 from hf_vla.training.callbacks import SeedOfProcess
-from hf_vla.training.datasets import open_dataset
+from hf_vla.training.datasets import join, open_datasets
 from hf_vla.training.run import train
 from hf_vla.training.trainer import VLATrainer
 
@@ -44,8 +44,9 @@ def tinyvla_run(make_recipe, tmp_path_factory):
 
 def tinyvla_trainer(make_recipe, folder):
     recipe = make_recipe(folder, "tinyvla_tiny", data__eval_episodes=[3])
-    dataset, train_set, eval_set = open_dataset(recipe.data)
-    model, processor = build(recipe, dataset, train_set)
+    datasets = open_datasets(recipe.data)
+    train_set, eval_set = join(recipe.data, datasets)
+    model, processor = build(recipe, datasets)
     return VLATrainer(
         model=model,
         args=recipe.training,

@@ -1,14 +1,18 @@
-"""The sections of a training recipe: model, data and training."""
+"""The sections model and training of a recipe."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from hf_vla.actions.spec import GripperSpec
-from hf_vla.data import schema
+from hf_vla.training.ema import check_average
+from hf_vla.training.optimization import GROUPS
+from hf_vla.training.trackers import check_trackers
+
+TUNES = ("full", "head")
+QUANTIZATIONS = (None, "4bit", "8bit")
 
 
 @dataclass
@@ -19,7 +23,7 @@ class LoraArguments:
         r (`int`, *optional*): rank.
         alpha (`int`, *optional*): scale; the update is multiplied by alpha / r.
         dropout (`float`, *optional*): dropout before the adapter.
-        parts (`list[str]`, *optional*): where adapters sit, "vision" (tower) and "language" (model); both by default.
+        parts (`list[str]`, *optional*): where adapters sit, "vision" (tower), "language" (model) or both.
     """
 
     r: int | None = None
@@ -62,6 +66,10 @@ class ModelArguments:
         grid (`GridArguments`, *optional*): SpatialVLA's grid to fit, for a preset or with `adapt_grid`.
         adapt_grid (`bool`): fit a checkpoint's grid anew to this dataset and move its spatial embeddings along.
         lora (`LoraArguments`, *optional*): train adapters instead of the weights.
+        tune (`str`): without `lora`, what is trained: "full", everything, or "head", only what makes actions of what
+            the frozen backbone sees, see [`~hf_vla.training.optimization.HEAD`].
+        quantization (`str`, *optional*): with `path` and `lora`, "4bit" (QLoRA) or "8bit": keep the frozen weights of
+            a checkpoint so, by bitsandbytes.
         new_embodiment (`bool`): the dataset is of a robot that is new to a checkpoint with latent actions: what this
             robot has of its own, named like the dataset, is added and trained, and nothing else, under whatever the
             checkpoint says by itself. A robot that the checkpoint knows by that name is not added, but goes
@@ -80,6 +88,8 @@ class ModelArguments:
     grid: GridArguments | None = None
     adapt_grid: bool = False
     lora: LoraArguments | None = None
+    tune: str = "full"
+    quantization: str | None = None
     new_embodiment: bool = False
     head_weights: str | None = None
 
@@ -99,6 +109,19 @@ class ModelArguments:
                 "model.adapt_grid and model.lora build on pretrained weights: give model.path or model.backbone, no "
                 "model.preset."
             )
+        for name, choices in (("tune", TUNES), ("quantization", QUANTIZATIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"Expected model.{name} among {choices}, came {getattr(self, name)!r}.")
+        if self.tune == "head" and (self.lora is not None or self.new_embodiment):
+            raise ValueError(
+                "model.tune: head freezes all but the action head, model.lora and model.new_embodiment choose by "
+                "themselves what is trained: give one of them."
+            )
+        if self.quantization is not None and (self.path is None or self.lora is None):
+            raise ValueError(
+                "model.quantization is of the frozen weights of a checkpoint under adapters: give model.path and "
+                "model.lora, too. For a new head on a VLM, train or save the full model first."
+            )
         if self.path is not None and self.grid is not None and not self.adapt_grid:
             raise ValueError("A checkpoint keeps its own grid: leave model.grid out, or set model.adapt_grid: true.")
         if self.path is not None and self.config:
@@ -113,96 +136,19 @@ class ModelArguments:
 
 
 @dataclass
-class CameraArguments:
-    """A camera to look through and its calibration.
-
-    Args:
-        name (`str`): with or without `observation.images.`.
-        fovy (`float`, *optional*): vertical field of view in degrees, of square pixels around the image's centre.
-        intrinsics (`list`, *optional*): 3 x 3 pinhole matrix in pixels of the recorded image, instead of `fovy`.
-    """
-
-    name: str
-    fovy: float | None = None
-    intrinsics: list[list[float | int]] | None = None
-
-    def __post_init__(self):
-        if self.fovy is not None and self.intrinsics is not None:
-            raise ValueError("Expected fovy or intrinsics of a camera, came both.")
-        if self.fovy is not None and not 0 < self.fovy < 180:
-            raise ValueError(f"Expected a camera's fovy between 0 and 180 degrees, came {self.fovy}.")
-
-
-@dataclass
-class ActionArguments:
-    """What the actions mean, see [`~hf_vla.actions.spec.ActionSpec`]; names and rate come from the dataset."""
-
-    kind: str
-    rotation: str | None = None
-    frame: str | None = None
-    gripper: GripperSpec | None = None
-
-
-@dataclass
-class StateArguments:
-    """What the robot's state means, see [`~hf_vla.actions.spec.StateSpec`]; names come from the dataset."""
-
-    rotation: str | None = None
-    frame: str | None = None
-
-
-@dataclass
-class DataArguments:
-    """The dataset.
-
-    Args:
-        source (`str`): folder or Hub name of a LeRobot dataset.
-        cameras (`list[CameraArguments]`): the cameras to look through, in the order in which the model sees them.
-        action (`ActionArguments`): what the actions mean.
-        state (`StateArguments`, *optional*): what the robot's state means; without it the model sees no state.
-        revision (`str`, *optional*): branch, tag or commit on the Hub.
-        unnorm_key (`str`, *optional*): the dataset's name in the checkpoint; the last part of `source` by default.
-        chunk_size (`int`): actions that one prediction holds.
-        eval_episodes (`list[int]`): episodes kept from training, for evaluation.
-        reasoning (`str`, *optional*): column of texts that the model is to say before it acts, "subtask" for example;
-            a row without one trains the action head alone. By default nothing is said; a model that would still say
-            something from its own training is made to act without a word, unless `model.new_embodiment` freezes it.
-        camera_dropout (`float`): probability, below 1, with which each of several cameras is withheld from a training
-            sample, though never all of them: so a model learns to act when one is missing.
-    """
-
-    source: str
-    cameras: list[CameraArguments]
-    action: ActionArguments
-    state: StateArguments | None = None
-    revision: str | None = None
-    unnorm_key: str | None = None
-    chunk_size: int = 4
-    eval_episodes: list[int] = field(default_factory=list)
-    reasoning: str | None = None
-    camera_dropout: float = 0.0
-
-    def __post_init__(self):
-        names = [schema.camera_key(camera.name) for camera in self.cameras]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"Expected data.cameras to name one camera or more, each once, came {names}.")
-        if not 0 <= self.camera_dropout < 1 or (self.camera_dropout and len(names) == 1):
-            raise ValueError(
-                f"Expected data.camera_dropout from 0 to below 1, and 0 for one camera alone, came "
-                f"{self.camera_dropout} for {names}."
-            )
-        self.unnorm_key = self.unnorm_key or Path(self.source).name
-
-
-@dataclass
 class VLATrainingArguments(TrainingArguments):
     """[`~transformers.TrainingArguments`] with other defaults.
 
     Args:
         eval_action_samples (`int`): frames, evenly spread over the held-out episodes, on which an evaluation predicts
             actions and compares them with the recorded ones.
-        full_learning_rate (`float`, *optional*): above 0; with `model.lora`, of what is trained in full beside the
-            adapters (action head, projector), whose own is `learning_rate`; the same for both by default.
+        learning_rates (`dict[str, float]`, *optional*): above 0, of groups of parameters that do not learn at
+            `learning_rate`: "backbone", "lora" (adapters), "head" (action head, projectors, ...) and "embeddings", see
+            [`~hf_vla.training.optimization.parameter_groups`].
+        ema_decay (`float`, *optional*): between 0 and 1, 0.999 for example: keep an average of the weights, which
+            evaluations use and checkpoints hold, see [`~hf_vla.training.ema.WeightAverage`].
+        estimate_memory (`bool`): log what the training will take before it starts, see
+            [`~hf_vla.training.memory.estimate_memory`].
         ddp_find_unused_parameters (`bool`, *optional*): with activation checkpointing true by default, as it is
             without: backbones have weights that no loss reaches.
         resume_from_checkpoint (`bool` or `str`, *optional*): true goes on from the last complete checkpoint in
@@ -211,7 +157,9 @@ class VLATrainingArguments(TrainingArguments):
 
     output_dir: str = "outputs/train"
     eval_action_samples: int = 64
-    full_learning_rate: float | None = None
+    learning_rates: dict[str, float | int] | None = None
+    ema_decay: float | None = None
+    estimate_memory: bool = True
     resume_from_checkpoint: bool | str | None = None
     remove_unused_columns: bool = False  # the collator, not the model, knows which columns it needs
     prediction_loss_only: bool = True  # logits over the vocabulary would fill the memory
@@ -220,10 +168,20 @@ class VLATrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.full_learning_rate is not None and self.full_learning_rate <= 0:
-            raise ValueError(
-                f"Expected training.full_learning_rate above 0, came {self.full_learning_rate}; leave it out to train "
-                "everything at training.learning_rate."
-            )
+        for name, rate in (self.learning_rates or {}).items():
+            if name not in GROUPS:
+                hint = "".join(f" Did you mean {close}?" for close in get_close_matches(name, GROUPS, n=1))
+                raise ValueError(f"Expected training.learning_rates of some of {GROUPS}, came {name!r}.{hint}")
+            if not rate > 0:
+                raise ValueError(
+                    f"Expected training.learning_rates.{name} above 0, came {rate}; leave it out to train that at "
+                    "training.learning_rate."
+                )
+        check_average(self)
+        check_trackers(self.report_to)
         if self.activation_checkpointing and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True
+
+    def __getstate__(self):
+        """Leave the token out where arguments are pickled: the Trainer does so beside the weights that it pushes."""
+        return {**self.__dict__, "hub_token": None}

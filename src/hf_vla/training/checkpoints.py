@@ -5,8 +5,13 @@ import logging
 from dataclasses import fields
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_vla.training.manifest import MANIFEST, find_flaw
+from hf_vla.training.saving import clear, recover, remove
 
 logger = logging.getLogger(__name__)
 
@@ -14,41 +19,100 @@ logger = logging.getLogger(__name__)
 def checkpoint_to_resume(arguments) -> str | None:
     """Find the checkpoint that `arguments.resume_from_checkpoint` asks for; None to start anew.
 
-    The Trainer writes `trainer_state.json` last, so a folder without it was killed in mid-save: it is passed over with
-    a warning. A complete one that lacks its optimizer would go on with a fresh one: that is an error.
+    First, what a killed process has left unfinished in `output_dir` is finished or removed. True takes the newest
+    checkpoint whose files are as they were written, with a warning for those that are not; it starts anew where no
+    save was ever finished.
 
     Raises:
-        ValueError: the folder named is no complete checkpoint, or a file that exact resuming needs is missing.
+        ValueError: the folder named is no complete checkpoint, or none of several is; a file that exact resuming needs
+            is missing.
     """
-    wanted = arguments.resume_from_checkpoint
+    root, wanted = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    if arguments.should_save:
+        recover(root)
     if not wanted:
         return None
+    # the main process's view, once it has tidied up
+    folders = broadcast_object_list([_newest_first(root) if wanted is True else [Path(wanted)]])[0]
+    damaged = []
+    for folder in folders:
+        flaws = gather_object([_flaw(folder, arguments)])
+        unfinished, flaw = next((found for found in flaws if found is not None), (False, None))
+        if flaw is None:
+            return str(folder)
+        if wanted is not True:
+            raise ValueError(f"{folder} {flaw}. Restore it, or resume from another checkpoint.")
+        logger.warning("%s %s and is passed over.", folder, flaw)
+        damaged += [] if unfinished else [f"{folder} {flaw}"]
+    if damaged:
+        raise ValueError(
+            f"No checkpoint is left to go on from: {'; '.join(damaged)}. Restore one, or delete them to start anew; "
+            "weights that are no adapter also start a new run, as model.path."
+        )
     if wanted is True:
-        folders = Path(arguments.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        steps = {int(step): folder for folder in folders if (step := folder.name.rpartition("-")[2]).isdigit()}
-        checkpoint = None
-        for _, folder in sorted(steps.items(), reverse=True):
-            if _is_complete(folder):
-                checkpoint = folder
-                break
-            logger.warning("%s was not saved completely (killed in mid-save?) and is passed over.", folder)
-        if checkpoint is None:
-            logger.warning("No complete checkpoint in %s: the training starts anew.", arguments.output_dir)
-            return None
-    else:
-        checkpoint = Path(wanted)
-        if not _is_complete(checkpoint):
-            raise ValueError(f"{checkpoint} is no complete checkpoint: its trainer_state.json is missing or broken.")
+        logger.warning("No complete checkpoint in %s: the training starts anew.", root)
+    return None
+
+
+def last_good(root: Path) -> str:
+    """Say which checkpoint a training in this folder can go on from."""
+    for folder in _newest_first(root):
+        if _own_flaw(folder, checksums=False) is None:
+            return f"The last good checkpoint is {folder}; training.resume_from_checkpoint: true goes on from it."
+    return f"No checkpoint is in {root} yet."
+
+
+def rotate(root: Path, limit: int, kept: list) -> None:
+    """Delete the oldest checkpoints beyond a limit, but none of `kept`."""
+    kept = [Path(folder) for folder in kept if folder is not None]
+    others = sorted(
+        (folder for folder in _newest_first(root) if folder not in kept),
+        key=lambda folder: folder.stat().st_mtime_ns,  # of equal ones, the higher step is the newer
+        reverse=True,
+    )
+    present = [folder for folder in dict.fromkeys(kept) if folder.is_dir()]
+    for folder in others[max(limit - len(present), 0) :]:
+        remove(folder)
+    clear(root)
+
+
+def _newest_first(root):
+    folders = root.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    steps = {int(step): folder for folder in folders if (step := folder.name.rpartition("-")[2]).isdigit()}
+    return [folder for _, folder in sorted(steps.items(), reverse=True)]
+
+
+def _flaw(folder, arguments):
+    """What is wrong with a checkpoint, as this process sees it; whether its save was never finished."""
+    found = _own_flaw(folder, checksums=arguments.should_save)  # one process reads for all
+    if found is not None:
+        return found
     rng = "rng_state.pth" if arguments.world_size == 1 else f"rng_state_{arguments.process_index}.pth"
     # Sharded optimizers (FSDP, DeepSpeed) have other names, and checks of their own.
     sharded = arguments.fsdp or arguments.deepspeed
-    missing = [name for name in ("optimizer.pt", "scheduler.pt", rng) if not (checkpoint / name).is_file()]
-    if missing and not sharded:
-        raise ValueError(
-            f"{checkpoint} lacks {missing}: resuming would go on with fresh ones. Restore them, or resume from "
-            "another checkpoint; weights that are no adapter also start a new run, as model.path."
+    needed = (rng,) if sharded else ("optimizer.pt", "scheduler.pt", rng)
+    if missing := [name for name in needed if not (folder / name).is_file()]:
+        return False, f"lacks {missing}: resuming would go on with fresh ones"
+    return None
+
+
+def _own_flaw(folder, checksums):
+    if (folder / MANIFEST).is_file():
+        flaw = find_flaw(folder, checksums)
+        return None if flaw is None else (False, f"is damaged: {flaw}")
+    try:  # of another tool, which writes this file last
+        complete = "global_step" in json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        complete = False
+    return (
+        None
+        if complete
+        else (
+            True,
+            f"is no complete checkpoint (killed in mid-save?): it has no {MANIFEST}, and "
+            f"its {TRAINER_STATE_NAME} is missing or broken",
         )
-    return str(checkpoint)
+    )
 
 
 def check_same_robot(checkpoint: str, processor) -> None:
@@ -87,10 +151,3 @@ def check_same_model(checkpoint: str, config) -> None:
                 f"The recipe gives the model {name} {given!r}, {checkpoint} was trained with {saved!r}: resume with "
                 "the model and data of that run, or start a new run."
             )
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False

@@ -9,12 +9,11 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from hf_vla.training.optimization import PROJECTORS
+
 logger = logging.getLogger(__name__)
 
-SPATIAL_EMBEDDING = "spatial_embed_tokens"
-# What vision-language models of transformers call the layers between vision tower and language model.
-PROJECTORS = ("multi_modal_projector", "connector", "merger")
-# and these themselves
+# What vision-language models of transformers call their two parts.
 PARTS = {"vision": ("vision_tower", "vision_model", "visual"), "language": ("language_model", "text_model")}
 
 
@@ -24,6 +23,7 @@ class LoraRecipe:
 
     Args:
         r (`int`), alpha (`int`), dropout (`float`): see [`~hf_vla.training.arguments.LoraArguments`].
+        parts (`tuple[str, ...]`): of [`PARTS`], where adapters sit by default; an action expert always has some.
         targets (`list[str]` or `str`): ends of the layers' names, or "all-linear".
         excluded (`str`): regular expression of whole names that get none all the same.
         in_full (`tuple[str, ...]`): modules trained whole and saved with the adapter, as far as a model has them.
@@ -37,6 +37,7 @@ class LoraRecipe:
     excluded: str
     in_full: tuple[str, ...] = ()
     init: bool | str = True
+    parts: tuple[str, ...] = ("vision", "language")
 
 
 PUBLISHED = {
@@ -49,6 +50,15 @@ PUBLISHED = {
         # the parts of `film`, since peft would also find another "film" in it; all robots, though one dataset trains
         # one: the others are saved along, as they were
         in_full=("action_head", "prompt_proj", "reasoning_proj", "film.film", "embodiments"),
+    ),
+    "pi0_vla": LoraRecipe(
+        r=32,  # openpi's in the expert, beside 16 in the language model, whose scale alpha / r is 1 as well
+        alpha=32,
+        dropout=0.0,
+        targets="all-linear",  # of language model and action expert
+        excluded=rf"(.*\.)?({'|'.join(PROJECTORS)})(\..*)?",  # frozen like the vision tower
+        in_full=("embed_action_time", "action_out_proj"),
+        parts=("language",),
     ),
     "spatialvla": LoraRecipe(
         r=32,
@@ -96,15 +106,16 @@ def add_lora(
     Raises:
         ValueError: nothing is published for this family, or there is no such part.
 
-    Source: SpatialVLA's fine-tuning scripts (rank 32, alpha 32, Gaussian initialisation); TinyVLA's (rank 64, alpha
-    256, dropout 0.05; action head and projector trained in full); DiVLA's (the same; action head, FiLM and what robots
-    have of their own trained in full).
+    Source: openpi's LoRA of pi0 (adapters in language model and expert, projections in full; its vision tower in
+    full, too, here frozen); SpatialVLA's fine-tuning scripts (rank 32, alpha 32, Gaussian initialisation); TinyVLA's
+    (rank 64, alpha 256, dropout 0.05; action head and projector trained in full); DiVLA's (the same; action head, FiLM
+    and what robots have of their own trained in full).
     """
     family = model.config.model_type
     if family not in PUBLISHED:
         raise ValueError(f"No LoRA targets are published for {family!r}, only for {sorted(PUBLISHED)}.")
     recipe = PUBLISHED[family]
-    parts = list(PARTS) if parts is None else parts
+    parts = recipe.parts if parts is None else parts
     if not parts or not set(parts) <= set(PARTS):
         raise ValueError(f"Expected lora.parts among {list(PARTS)}, came {list(parts)}.")
     frozen = [name for part in PARTS if part not in parts for name in PARTS[part]]
@@ -126,9 +137,15 @@ def add_lora(
             parameter.data = parameter.data.float()
     # peft keeps an untrained twin of what is trained in full, which is part of no model
     own = [parameter for name, parameter in adapted.named_parameters() if "original_module" not in name]
-    total, trainable = (sum(each.numel() for each in own if each.requires_grad >= least) for least in (False, True))
+    total, trainable = (sum(_size(each) for each in own if each.requires_grad >= least) for least in (False, True))
     logger.info("LoRA trains %d of %d parameters (%.2f %%).", trainable, total, 100 * trainable / total)
     return adapted
+
+
+def _size(parameter: torch.Tensor) -> int:
+    """Numbers in a parameter, of which 4 bits pack two into each element."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else packed.shape.numel()
 
 
 def _present(model: PreTrainedModel, names: Sequence[str]) -> list[str]:

@@ -1,21 +1,30 @@
 """Training: the Hugging Face Trainer with the processor beside every checkpoint and an error in robot units."""
 
+import copy
 import inspect
 import logging
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
-from transformers import Trainer
+from torch.utils.data import DataLoader, Sampler, Subset
+from tqdm.auto import tqdm
 
 from hf_vla.actions.spec import ActionSpec
+from hf_vla.data.mixture import Mixture
+from hf_vla.training.durable import DurableTrainer
+from hf_vla.training.ema import WeightAverage, refuse_average
+from hf_vla.training.memory import MemoryEstimate, check_memory, estimate_memory, with_batch_size
+from hf_vla.training.optimization import split_by_group
 
 logger = logging.getLogger(__name__)
 
 
-class VLATrainer(Trainer):
-    """[`~transformers.Trainer`] whose evaluation also predicts actions and measures how far off they are.
+class VLATrainer(DurableTrainer):
+    """A Trainer whose evaluation also predicts actions and measures how far off they are.
+
+    It may be killed at any moment, see [`~hf_vla.training.durable.DurableTrainer`].
 
     The parts of a loss, which models return as fields called `..._loss`, are logged beside it.
 
@@ -23,6 +32,8 @@ class VLATrainer(Trainer):
     units, see [`action_error`], over `args.eval_action_samples` frames of the evaluation set.
 
     Args:
+        train_sampler (`torch.utils.data.Sampler`, *optional*): order of the training rows, with a `set_epoch`; the
+            Trainer's own by default.
         camera_dropout (`float`): of training batches, see [`~hf_vla.data.collator.VLACollator`].
         own_words (`bool`, *optional*): learn under the reasonings that the model itself says, as it acts under them.
             Each step then waits for them. By default so with a model that says some, has a frozen backbone (after
@@ -33,10 +44,21 @@ class VLATrainer(Trainer):
         ValueError: `own_words` is True and the model has no words.
     """
 
-    def __init__(self, *args, camera_dropout: float = 0.0, own_words: bool | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        train_sampler: Sampler | None = None,
+        camera_dropout: float = 0.0,
+        own_words: bool | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
+        self.train_sampler = train_sampler
         self.camera_dropout, self.own_words = camera_dropout, self._under_own_words(own_words)
         self._loss_parts, self._num_steps, self._eval_loss_parts = {}, 0.0, {}
+        self._learning_rates = {}
+        if self.args.ema_decay is not None:
+            self.add_callback(WeightAverage(self.args.ema_decay))
         # The Trainer evaluates the loss of batches that have these only, and looks for arguments called labels, which
         # are missing where a model of actions says nothing.
         if "actions" in inspect.signature(self._bare(self.model).forward).parameters:
@@ -61,7 +83,27 @@ class VLATrainer(Trainer):
     def train(self, *args, **kwargs):
         """Train, and forget what an earlier training has left unlogged."""
         self._loss_parts, self._num_steps = {}, 0.0
+        if self.args.estimate_memory and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.report_memory()
         return super().train(*args, **kwargs)
+
+    def report_memory(self) -> MemoryEstimate:
+        """Log what the training will take, on copies of the first row; a stream's first is not awaited.
+
+        Raises:
+            ValueError: the accelerator cannot hold it, see [`~hf_vla.training.memory.check_memory`].
+        """
+        if hasattr(self.train_dataset, "__getitem__"):
+            row = self.train_dataset[0]
+            batches = (self._prepare_inputs(self.data_collator([row] * count)) for count in (1, 2))
+            one, two = (estimate_memory(self.model, self.args, batch) for batch in batches)
+            estimate = with_batch_size(one, two, self.args.per_device_train_batch_size)
+        else:
+            estimate = estimate_memory(self.model, self.args)
+        if self.is_world_process_zero():
+            logger.info("Memory of each process:\n%s", estimate)
+        check_memory(estimate, self.args.device)
+        return estimate
 
     def get_train_dataloader(self):
         """Return the Trainer's, whose batches alone withhold cameras."""
@@ -72,6 +114,9 @@ class VLATrainer(Trainer):
             return super().get_train_dataloader()
         finally:
             self.data_collator = collator
+
+    def _get_train_sampler(self, train_dataset=None):
+        return super()._get_train_sampler(train_dataset) if self.train_sampler is None else self.train_sampler
 
     def _issue_warnings_after_load(self, load_result):
         """Raise where the Trainer only warns: a weight that a checkpoint lacks would stay random."""
@@ -87,7 +132,10 @@ class VLATrainer(Trainer):
         super()._save(output_dir, state_dict)
         model = self.accelerator.unwrap_model(self.model)
         if hasattr(model, "peft_config"):
-            model.config.save_pretrained(output_dir or self.args.output_dir)
+            config = copy.deepcopy(model.config)
+            if hasattr(config, "quantization_config"):  # of this training; adapters fit the whole weights, too
+                del config.quantization_config
+            config.save_pretrained(output_dir or self.args.output_dir)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Keep the parts of the loss, and ask models that score a vocabulary for one position's logits alone.
@@ -102,6 +150,7 @@ class VLATrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # each process or, within one, each device of several has its own
         parts = {name: part.detach().float().mean() for name, part in outputs.items() if name.endswith("_loss")}
+        self.parts_of_loss = parts
         if model.training:  # weighted as the Trainer weights the loss: batches of a step, then steps
             share = 1 / self.current_gradient_accumulation_steps
             self._num_steps += share
@@ -119,28 +168,67 @@ class VLATrainer(Trainer):
             for name, total in self._loss_parts.items():
                 logs[name] = self.accelerator.reduce(total, "mean").item() / self._num_steps
             self._loss_parts, self._num_steps = {}, 0.0
+            logs |= self._learning_rates
         super().log(logs, *args, **kwargs)
 
+    def unlogged(self):
+        """Return the parts of the loss with it."""
+        parts = {name: total.item() for name, total in self._loss_parts.items()}
+        return super().unlogged() | {"parts": parts, "num_steps": self._num_steps}
+
+    def load_unlogged(self, unlogged):
+        """Go on with them."""
+        super().load_unlogged(unlogged)
+        self._num_steps = unlogged["num_steps"]
+        self._loss_parts = {
+            name: torch.tensor(total, device=self.args.device) for name, total in unlogged["parts"].items()
+        }
+
     def create_optimizer(self, model=None):
-        """Give what is trained in full beside adapters its own learning rate, where the arguments name one."""
-        is_new, rate = self.optimizer is None, self.args.full_learning_rate
+        """Give groups of parameters the learning rates that the arguments name."""
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if is_new and rate is not None:
-            named = (self.model if model is None else model).named_parameters()
-            trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-            adapters = {id(parameter) for name, parameter in trained if "lora_" in name}
-            if len(adapters) in (0, len(trained)):
-                raise ValueError(
-                    "training.full_learning_rate is for what is trained beside adapters, but this run trains "
-                    f"{'nothing beside them' if adapters else 'no adapters'}: leave it out."
-                )
-            groups, optimizer.param_groups = optimizer.param_groups, []
-            for group in groups:
-                for in_full, learning_rate in ((False, group["lr"]), (True, rate)):
-                    members = [each for each in group["params"] if (id(each) not in adapters) == in_full]
-                    if members:
-                        optimizer.add_param_group({**group, "params": members, "lr": learning_rate})
+        if is_new and self.args.learning_rates:
+            split_by_group(optimizer, self.model if model is None else model, self.args.learning_rates)
         return optimizer
+
+    def _get_learning_rate(self):
+        groups = self.optimizer.param_groups if self.args.learning_rates else []
+        self._learning_rates = {f"learning_rate_{group['name']}": float(group["lr"]) for group in groups}
+        return super()._get_learning_rate()
+
+    @property
+    def average(self) -> WeightAverage | None:
+        """The average of the weights that the arguments ask for; resuming exchanges the Trainer's callbacks."""
+        return next((each for each in self.callback_handler.callbacks if isinstance(each, WeightAverage)), None)
+
+    def _averaged(self):
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.average is not None:
+            self.average.start(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+        elif resume_from_checkpoint is not None:
+            refuse_average(resume_from_checkpoint)
+        return prepared
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Save the average of the weights, where there is one, in place of them; processor and arguments beside."""
+        with self._averaged():
+            super().save_model(output_dir, _internal_call)
+        if self.average is not None and not _internal_call:
+            logger.info("Saved weights averaged with decay %g.", self.args.ema_decay)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.average is not None and self.args.should_save:
+            self.average.save_training_weights(output_dir)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        if self.average is not None:  # what was loaded is an average
+            self.average.follow()
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """Add the parts of the loss, and the action errors, to the loss that the Trainer computes.
@@ -151,15 +239,30 @@ class VLATrainer(Trainer):
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             torch.manual_seed(self.args.seed)
             self._eval_loss_parts = {}
-            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-            with self.accelerator.autocast():
-                errors = self.action_errors(dataloader.dataset)
+            with self._averaged():
+                output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+                with self.accelerator.autocast():
+                    errors = self.action_errors(dataloader.dataset)
         parts = {name: torch.cat(part).mean().item() for name, part in self._eval_loss_parts.items()}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in (parts | errors).items()})
         return output
 
     def action_errors(self, dataset) -> dict[str, float]:
-        """Predict the chunks of some frames of a dataset and compare them with the recorded ones."""
+        """Predict the chunks of some frames of a dataset and compare them with the recorded ones.
+
+        Args:
+            dataset (`torch.utils.data.Dataset`): of several in a [`~hf_vla.data.mixture.Mixture`], each is measured by
+                itself, and its errors are called `<dataset>_action_error`.
+        """
+        if not isinstance(dataset, Mixture):
+            return self._action_errors(dataset, self.data_collator.unnorm_key)
+        errors = {}
+        for name, rows in dataset.rows.items():
+            of_one = self._action_errors(Subset(dataset, rows), name)
+            errors |= of_one if len(dataset.rows) == 1 else {f"{name}_{key}": error for key, error in of_one.items()}
+        return errors
+
+    def _action_errors(self, dataset, unnorm_key: str | None) -> dict[str, float]:
         count = min(len(dataset), self.args.eval_action_samples)
         if count == 0:
             return {}
@@ -169,13 +272,14 @@ class VLATrainer(Trainer):
             DataLoader(Subset(dataset, rows), batch_size=self.args.eval_batch_size, collate_fn=collator.prompts)
         )
         parts = []
-        for batch in loader:
+        quiet = self.args.disable_tqdm or not self.is_local_process_zero()
+        for batch in tqdm(loader, f"Predicting actions of {unnorm_key}", disable=quiet, leave=False):
             output = model.predict_action(**batch["inputs"])
-            predicted = self.processing_class.decode_actions(output, collator.unnorm_key)
+            predicted = self.processing_class.decode_actions(output, unnorm_key)
             predicted = torch.from_numpy(predicted).to(batch["actions"].device)
             parts.append(self.accelerator.gather_for_metrics((predicted, batch["actions"], batch["action_mask"])))
         predicted, actions, mask = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
-        spec, _ = self.processing_class.action_codec.specs(collator.unnorm_key)
+        spec, _ = self.processing_class.action_codec.specs(unnorm_key)
         return action_error(predicted, actions, mask, spec)
 
 
