@@ -12,7 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from hf_vla.cli.convert import convert
+from hf_vla.cli.inspect import inspect
 from hf_vla.cli.predict import predict
+from hf_vla.cli.stats import stats
+from hf_vla.cli.train import train
 
 DEBUG_VARIABLE = "HF_VLA_DEBUG"
 
@@ -52,3 +55,8 @@ def main(
 
 app.command()(predict)
 app.command()(convert)
+app.command()(inspect)
+app.command()(stats)
+# a recipe's names are read from it, not declared here
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+app.command(context_settings=_PASSED_ON)(train)
