@@ -59,6 +59,13 @@ def test_cameras_are_withheld_never_all_and_alike_for_the_same_rows(goldens):
     rows = [[dataset[row], dataset[row]] for row in range(8)]
     assert len({str(withheld(pair, camera_dropout=0.4)) for pair in rows}) > 1
     assert withheld(items) == [[False, False]] * 2 and items[0][keys[0]] is not None
+    # another epoch, or the same row of another dataset, is another draw; batch mates are none
+    for name, values in {"epoch": range(40), "dataset": map(str, range(40))}.items():
+        own = [withheld([items[0] | {name: value}], camera_dropout=0.4)[0] for value in values]
+        assert 4 < sum(any(each) for each in own) < 36
+    assert withheld(items, camera_dropout=0.4)[1:] == withheld(items[1:], camera_dropout=0.4)
+    lacking = [item | {keys[0]: None} for item in items]
+    assert all(withheld(lacking, camera_dropout=0.9, seed=seed) == [[True, False]] * 2 for seed in range(20))
 
 
 @pytest.mark.parametrize("cameras", ["wrist", []])

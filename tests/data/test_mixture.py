@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from accelerate.data_loader import DataLoaderShard
 from torch.utils.data import DataLoader, Subset
 
 from hf_vla.data.lerobot import LeRobotEpisodes
@@ -40,7 +41,7 @@ def test_items_say_where_they_are_from(rows):
         ({}, "equal", [20, 20]),
         ({"a": 3.0}, "size", [20, 20]),
         ({"a": 1.0, "b": 3.0}, "equal", [10, 30]),
-        ({"a": 0.001}, "equal", [0, 40]),
+        ({"a": 0.02}, "equal", [1, 39]),
         ({"b": 2.0}, "equal", [13, 27]),
     ],
 )
@@ -100,6 +101,20 @@ def test_windows_of_a_weighted_dataset_are_read_on_lane_by_lane(rows, lanes):
         ]
         forward = sum(row - 1 in read[max(0, place - 24) : place] for place, row in enumerate(read))
         assert forward / len(read) > 0.85
+
+
+def test_a_dataset_that_would_never_be_drawn(rows):
+    mixture = Mixture({"a": rows(0, 10), "b": rows(10, 40)}, {"a": 0.001}, "equal")
+    with pytest.raises(ValueError, match=r"Of \['a'\] no row would be drawn: give them larger weights"):
+        MixtureSampler(mixture)
+
+
+def test_items_say_their_epoch_also_in_workers(rows):
+    mixture = Mixture({"a": rows(0, 4)})
+    loader = DataLoaderShard(mixture, batch_size=None, num_workers=1)
+    for epoch in (0, 3):
+        loader.set_epoch(epoch)
+        assert [item["epoch"] for item in loader] == [epoch] * 4
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import re
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 from transformers import TrainingArguments
 
 from hf_vla.actions.spec import GripperSpec
-from hf_vla.data.oxe import oxe_dataset, oxe_mixture
+from hf_vla.data.oxe import MIXTURES, oxe_dataset, oxe_mixture
 from hf_vla.training.arguments import GridArguments, LoraArguments, ModelArguments, VLATrainingArguments
 from hf_vla.training.data_arguments import CameraArguments, DataArguments, DatasetArguments
 from hf_vla.training.recipe import load_recipe, parse_recipe
@@ -203,7 +204,7 @@ def test_help_names_everything_of_a_recipe(capsys):
         ({**NAMED, "data.mixture_without": ["kuka"]}, r"names \['kuka'\], which 'bridge' has not: \['bridge_orig'\]"),
         (
             {**NAMED, "data.cameras": []},
-            r"Expected data.cameras among \['primary', .*bridge_orig, came \[\]",
+            r"bridge_orig: its cameras are \['primary', 'secondary'\]",
         ),
         ({**NAMED, "data.source": "x"}, "Expected one of data.source, data.datasets and data.mixture"),
         ({"data.balance": "rows"}, r"Expected data.balance among \('size', 'equal'\), came 'rows'"),
@@ -219,10 +220,10 @@ def test_data_that_are_no_choice(overrides, message):
 
 def test_a_mixture_is_the_datasets_that_the_table_has(tmp_path):
     overrides = {**NAMED, "data.mixture": "oxe_spatial_vla_plus", "data.mixture_root": str(tmp_path)}
-    with pytest.raises(ValueError, match="rh20t_rlds .* no LeRobot conversion .* name it in data.mixture_without"):
-        load_recipe(TINY, overrides)
-    (tmp_path / "rh20t_rlds").mkdir()
-    (tmp_path / "bc_z").mkdir()
+    for name in ("rh20t_rlds", "bc_z", "ucsd_kitchen_dataset", "iamlab_cmu_pickup_insert"):
+        with pytest.raises(ValueError, match=f"{name}: (no LeRobot conversion is known|the conversion's actions are)"):
+            load_recipe(TINY, overrides)
+        (tmp_path / name).mkdir()  # as if it had been converted from RLDS
     data = load_recipe(TINY, overrides | {"data.mixture_without": ["kuka"]}).data
     by_name = {dataset.unnorm_key: dataset for dataset in data.datasets}
     assert len(by_name) == len(oxe_mixture("oxe_spatial_vla_plus")) - 1 and "kuka" not in by_name
@@ -235,3 +236,18 @@ def test_a_mixture_is_the_datasets_that_the_table_has(tmp_path):
     # the conversion from RLDS has the common form, IPEC-COMMUNITY's keeps rotation vectors
     assert (by_name["bc_z"].source, by_name["bc_z"].action.rotation) == (f"{tmp_path}/bc_z", "euler_xyz")
     assert oxe_dataset("bc_z").action.rotation == "axis_angle"
+
+
+@pytest.mark.parametrize("options", [{}, {"data.state": {}}, {"data.cameras": [{"name": "wrist"}]}])
+@pytest.mark.parametrize("mixture", sorted(MIXTURES))
+def test_what_is_advised_of_a_mixture_helps(mixture, options):
+    overrides = {**NAMED, "data.mixture": mixture, **options}
+    try:
+        data = load_recipe(TINY, overrides).data
+    except ValueError as error:
+        without = re.search(r"data.mixture_without: \[([^\]]*)\]", str(error))[1].replace("'", "").split(", ")
+        if set(without) == set(oxe_mixture(mixture)):
+            return  # all of it: bridge and fractal have no wrist camera
+        data = load_recipe(TINY, overrides | {"data.mixture_without": without}).data
+    assert {dataset.action.kind for dataset in data.datasets} == {"delta_ee"}
+    assert len({dataset.state is None for dataset in data.datasets}) == 1

@@ -1,12 +1,14 @@
 """From a list of dataset items to the processor's batch."""
 
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from hf_vla.data import schema
-from hf_vla.data.mixture import DATASET
+from hf_vla.data.mixture import DATASET, EPOCH
+from hf_vla.data.tail import hold_tail
 
 
 class VLACollator:
@@ -47,10 +49,10 @@ class VLACollator:
 
         Args:
             items (`Sequence[dict]`): of the dataset.
-            camera_dropout (`float`): probability with which each of several cameras is withheld from a sample, though
-                never all of them.
-            seed (`int`): settles, together with the batch's rows, which are withheld: a run that is resumed, or
-                divided among several workers, withholds the same.
+            camera_dropout (`float`): probability with which each camera of a sample that has several is withheld,
+                though never all of them.
+            seed (`int`): settles, together with each item's dataset, row and epoch, which are withheld: a run that is
+                resumed, or divided among processes and workers, withholds the same.
 
         Raises:
             ValueError: the items lack the camera, the actions' padding, the state or the reasoning.
@@ -59,8 +61,7 @@ class VLACollator:
         if self.reasoning is not None:
             targets["reasoning"] = [self._reasoning(item) for item in items]
         if camera_dropout:
-            generator = np.random.default_rng([seed, *(int(item["index"]) for item in items)])
-            items = [self._withhold(item, camera_dropout, generator) for item in items]
+            items = [self._withhold(item, camera_dropout, seed) for item in items]
         return self._process(items, **targets)
 
     def prompts(self, items: Sequence[dict]) -> dict:
@@ -83,8 +84,6 @@ class VLACollator:
         }
 
     def _held(self, items):
-        from hf_vla.data.tail import hold_tail
-
         targets = self._targets(items)
         specs = [self.processor.action_codec.specs(key)[0] for key in self.unnorm_keys(items)]
         chunks = zip(targets["actions"], targets["action_mask"], specs, strict=True)
@@ -113,11 +112,14 @@ class VLACollator:
             **state,
         )
 
-    def _withhold(self, item, probability, generator):
-        withheld = generator.random(len(self.camera_keys)) < probability
-        if withheld.all():
-            withheld[generator.integers(len(withheld))] = False
-        return item | {key: None for key, out in zip(self.camera_keys, withheld, strict=True) if out}
+    def _withhold(self, item, probability, seed):
+        there = [key for key in self.camera_keys if item[key] is not None]
+        name = zlib.crc32(str(item.get(DATASET, self.unnorm_key)).encode())
+        generator = np.random.default_rng([seed, item.get(EPOCH, 0), name, int(item["index"])])
+        withheld = generator.random(len(there)) < probability
+        if there and withheld.all():
+            withheld[generator.integers(len(there))] = False
+        return item | {key: None for key, out in zip(there, withheld, strict=True) if out}
 
     def _pictures(self, item):
         if len(self.camera_keys) == 1:

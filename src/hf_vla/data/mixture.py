@@ -7,11 +7,15 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 DATASET = "dataset"
+EPOCH = "epoch"
 BALANCES = ("size", "equal")
+BLOCK = 2**16  # rows that are mixed at a time
 
 
 class Mixture(Dataset):
     """Datasets one behind the other; an item also says, under `dataset`, which of them it is from.
+
+    Under `epoch` it has what `set_epoch` was called with last, as the dataloaders of `accelerate` do.
 
     Args:
         datasets (`Mapping[str, Dataset]`): by name, the unnorm_key of their statistics.
@@ -41,11 +45,16 @@ class Mixture(Dataset):
         if balance not in BALANCES:
             raise ValueError(f"Expected a balance among {BALANCES}, came {balance!r}.")
         self.starts = np.cumsum([0, *map(len, self.datasets.values())])
+        self.epoch = 0
         self._missing = {name: dict.fromkeys(cameras) for name, cameras in (missing or {}).items()}
         shares = np.array([weights[name] for name in self.datasets]) * (
             np.diff(self.starts) if balance == "size" else 1
         )
         self.shares = dict(zip(self.datasets, (shares / shares.sum()).tolist(), strict=True))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose what items have under `epoch`."""
+        self.epoch = epoch
 
     @property
     def rows(self) -> dict[str, range]:
@@ -62,7 +71,8 @@ class Mixture(Dataset):
         index %= len(self)
         place = int(np.searchsorted(self.starts, index, side="right")) - 1
         name = list(self.datasets)[place]
-        return self.datasets[name][index - int(self.starts[place])] | self._missing.get(name, {}) | {DATASET: name}
+        item = self.datasets[name][index - int(self.starts[place])]
+        return item | self._missing.get(name, {}) | {DATASET: name, EPOCH: self.epoch}
 
 
 class MixtureSampler(Sampler[int]):
@@ -79,6 +89,9 @@ class MixtureSampler(Sampler[int]):
             as a [`~hf_vla.data.sampling.WindowSampler`]; any row after any other by default.
         lanes, batch_size (`int`): of such a sampler, which here has a `batch_size` of 1: a lane reads on in the
             windows that are its own.
+
+    Raises:
+        ValueError: a dataset's share of an epoch is less than half a row.
     """
 
     def __init__(
@@ -93,6 +106,8 @@ class MixtureSampler(Sampler[int]):
         places = enumerate(mixture.datasets.values())
         self.orders = orders or [_Shuffled(len(dataset), (seed, place)) for place, dataset in places]
         self.counts = _rounded(np.array([*mixture.shares.values()]) * len(mixture), len(mixture))
+        if never := [name for name, count in zip(mixture.datasets, self.counts, strict=True) if count == 0]:
+            raise ValueError(f"Of {never} no row would be drawn: give them larger weights, or leave them out.")
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that is drawn next."""
@@ -102,29 +117,21 @@ class MixtureSampler(Sampler[int]):
         return len(self.mixture)
 
     def __iter__(self) -> Iterator[int]:
-        places = np.repeat(np.arange(len(self.counts)), self.counts)
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(places)
-        lanes = np.arange(len(self)) // self.batch_size % self.lanes
-        rows = np.empty(len(self), np.int64)
-        for place, (start, count) in enumerate(zip(self.mixture.starts, self.counts.tolist(), strict=False)):
-            drawn, own = self._drawn(place, self.epoch * count, count)
-            taken = np.flatnonzero(order == place)
-            rows[taken[_by_lane(lanes[taken])]] = start + drawn[_by_lane(own)]
-        for part in np.array_split(rows, -(-len(rows) // 2**16)):
-            yield from part.tolist()
-
-    def _drawn(self, place: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows `first` to `first + count` of a dataset's endless order, epoch after epoch of it, and their lanes."""
-        order, drawn = self.orders[place], np.empty(count, np.int64)
-        lanes, done = np.empty(count, np.int64), 0
-        while done < count:
-            epoch, start = divmod(first + done, len(order))
-            stop = min(len(order), start + count - done)
-            order.set_epoch(epoch)
-            drawn[done : done + stop - start] = np.fromiter(islice(order, start, stop), np.int64, stop - start)
-            lanes[done : done + stop - start] = np.arange(start, stop) % self.lanes
-            done += stop - start
-        return drawn, lanes
+        generator = np.random.default_rng([self.seed, self.epoch])
+        ahead = [_Endless(order, self.epoch * count) for order, count in zip(self.orders, self.counts, strict=True)]
+        blocks = -(-len(self) // BLOCK)
+        for block in range(blocks):  # each with the shares of the whole
+            counts = self.counts * (block + 1) // blocks - self.counts * block // blocks
+            first = int((self.counts * block // blocks).sum())
+            places = generator.permutation(np.repeat(np.arange(len(counts)), counts))
+            lanes = (first + np.arange(len(places))) // self.batch_size % self.lanes
+            rows = np.empty(len(places), np.int64)
+            for place, count in enumerate(counts.tolist()):
+                positions, drawn = ahead[place].take(count)
+                wanted = np.flatnonzero(places == place)
+                by_lane = wanted[_by_lane(lanes[wanted])], _by_lane(positions % self.lanes)
+                rows[by_lane[0]] = self.mixture.starts[place] + drawn[by_lane[1]]
+            yield from rows.tolist()
 
 
 class _Shuffled(Sampler[int]):
@@ -138,7 +145,34 @@ class _Shuffled(Sampler[int]):
         return self.size
 
     def __iter__(self) -> Iterator[int]:
-        return iter(np.random.default_rng([*self.seed, self.epoch]).permutation(self.size))
+        yield from np.random.default_rng([*self.seed, self.epoch]).permutation(self.size).tolist()
+
+
+class _Endless:
+    """A sampler's rows, epoch after epoch, from a place on."""
+
+    def __init__(self, order: Sampler, first: int):
+        self.order, (self.epoch, self.position) = order, divmod(int(first), len(order))
+        self.rows = self._begin(self.position)
+
+    def take(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the positions of the next rows in their epoch, and the rows."""
+        positions, rows = np.empty(count, np.int64), np.empty(count, np.int64)
+        done = 0
+        while done < count:
+            if self.position == len(self.order):
+                self.epoch, self.position = self.epoch + 1, 0
+                self.rows = self._begin()
+            size = min(len(self.order) - self.position, count - done)
+            part = slice(done, done + size)
+            positions[part] = np.arange(self.position, self.position + size)
+            rows[part] = np.fromiter(islice(self.rows, size), np.int64, size)
+            self.position, done = self.position + size, done + size
+        return positions, rows
+
+    def _begin(self, first: int = 0) -> Iterator[int]:
+        self.order.set_epoch(self.epoch)
+        return islice(iter(self.order), first, None)
 
 
 def _by_lane(lanes: np.ndarray) -> np.ndarray:

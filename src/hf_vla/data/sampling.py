@@ -35,7 +35,7 @@ class WindowSampler(Sampler[int]):
             processes of `accelerate`. Batch `b` is of lane `b % lanes`, just as these hand batches out, and each lane
             reads windows of its own.
         batch_size (`int`, defaults to 1): rows per batch, as given to the `DataLoader`.
-        seed (`int`, defaults to 0): seed of the order.
+        seed (`int` or `tuple[int, ...]`, defaults to 0): seed of the order.
 
     Raises:
         ValueError: a number that is not positive, or `rows` that are not among the episodes' rows or not distinct.
@@ -49,7 +49,7 @@ class WindowSampler(Sampler[int]):
         num_open: int = 16,
         lanes: int = 1,
         batch_size: int = 1,
-        seed: int = 0,
+        seed: int | tuple[int, ...] = 0,
     ):
         counts = {"window": window, "num_open": num_open, "lanes": lanes, "batch_size": batch_size}
         for name, value in counts.items():
@@ -68,7 +68,7 @@ class WindowSampler(Sampler[int]):
         return len(self.rows)
 
     def __iter__(self) -> Iterator[int]:
-        generator = np.random.default_rng([self.seed, self.epoch])
+        generator = np.random.default_rng([*np.atleast_1d(self.seed), self.epoch])
         first, last = self._windows(generator)
         starts = np.cumsum(last - first) - (last - first)
         # Positions in the row of all windows, one after the other: each lane has a part of it, for all its batches.

@@ -140,9 +140,9 @@ class DataArguments:
             sample, though never all of them: so a model learns to act when one is missing.
         filters (`FilterArguments`, *optional*): rows and episodes to leave out of the training; what was left out, and
             why, is written to `data_report.json` in `training.output_dir`.
-        shuffle (`str`): order of the training rows: "rows", any row after any other, or "windows", which reads videos
-            forwards and is many times faster where pictures are large or far away, see
-            [`~hf_vla.data.sampling.WindowSampler`].
+        shuffle (`str`, *optional*): order of the training rows: "rows", any row after any other, or "windows", which
+            reads videos forwards, see [`~hf_vla.data.sampling.WindowSampler`], and is many times faster where pictures
+            are large or far away; the default for `streaming`.
         streaming (`bool`): read pictures of datasets on the Hub by and by instead of downloading them first.
         frame_cache (`str`, *optional*): folder that keeps decoded pictures, see [`~hf_vla.data.cache.FrameCache`].
         frame_cache_gb (`float`): its largest size, in 10^9 bytes.
@@ -167,7 +167,7 @@ class DataArguments:
     reasoning: str | None = None
     camera_dropout: float = 0.0
     filters: FilterArguments | None = None
-    shuffle: str = "rows"
+    shuffle: str | None = None
     streaming: bool = False
     frame_cache: str | None = None
     frame_cache_gb: float = 20.0
@@ -182,16 +182,10 @@ class DataArguments:
                 raise ValueError("The recipe lacks data.action: what the actions of data.source mean.")
             self.datasets = [DatasetArguments(**own)]
         elif self.mixture is not None:
-            members = oxe_mixture(self.mixture)
-            if unknown := sorted(set(self.mixture_without) - set(members)):
-                raise ValueError(
-                    f"data.mixture_without names {unknown}, which {self.mixture!r} has not: {[*members]}."
-                )
-            self.datasets = [
-                self._of_mixture(name, weight) for name, weight in members.items() if name not in self.mixture_without
-            ]
+            self.datasets = self._of_mixture()
         elif given := [name for name, value in own.items() if value]:
             raise ValueError(f"data.{given[0]} is of data.source alone: several datasets have their own.")
+        self.shuffle = self.shuffle or ("windows" if self.streaming else "rows")
         for name, choices in (("balance", BALANCES), ("chunk_tail", CHUNK_TAILS), ("shuffle", SHUFFLES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"Expected data.{name} among {choices}, came {getattr(self, name)!r}.")
@@ -208,28 +202,47 @@ class DataArguments:
                 f"{self.camera_dropout} for {self.roles}."
             )
 
-    def _of_mixture(self, name: str, weight: float) -> DatasetArguments:
-        facts = oxe_dataset(name)
-        own = Path(self.mixture_root, name).is_dir()  # written by `hf-vla convert rlds`, in the common form
-        if not own and facts.lerobot is None:
+    def _of_mixture(self) -> list[DatasetArguments]:
+        members = oxe_mixture(self.mixture)
+        if unknown := sorted(set(self.mixture_without) - set(members)):
+            raise ValueError(f"data.mixture_without names {unknown}, which {self.mixture!r} has not: {[*members]}.")
+        datasets, unfit = [], {}
+        for name in (name for name in members if name not in self.mixture_without):
+            facts = oxe_dataset(name)
+            own = Path(self.mixture_root, name).is_dir()  # written by `hf-vla convert rlds`, in the common form
+            action, state = (facts.rlds_action, facts.rlds_state) if own else (facts.action, facts.state)
+            common = facts.rlds_action
+            cameras = [_calibrated(camera, facts) for camera in self.cameras if camera.name in facts.cameras]
+            if not own and facts.lerobot is None:
+                unfit[name] = "no LeRobot conversion is known"
+            elif (action.kind, action.rotation) != (common.kind, common.rotation):
+                unfit[name] = f"the conversion's actions are {action.kind} with rotation {action.rotation}"
+            elif self.state is not None and state is None:
+                unfit[name] = "it has no state"
+            elif not cameras:
+                unfit[name] = f"its cameras are {list(facts.cameras)}"
+            else:
+                folder = name if own else facts.lerobot.rpartition("/")[2]
+                datasets.append(
+                    DatasetArguments(
+                        source=f"{self.mixture_root}/{folder}",
+                        cameras=cameras,
+                        action=ActionArguments(action.kind, action.rotation, action.frame, action.gripper),
+                        state=self.state and StateArguments(state.rotation, state.frame),
+                        unnorm_key=name,
+                        eval_episodes=self.eval_episodes,
+                        weight=members[name],
+                    )
+                )
+        if unfit:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in unfit.items())
             raise ValueError(
-                f"{name} of data.mixture {self.mixture!r} has no LeRobot conversion that is known: convert it by "
-                f"`hf-vla convert rlds SOURCE {self.mixture_root}/{name}`, or name it in data.mixture_without."
+                f"Not all of data.mixture {self.mixture!r} can be learnt from so: {reasons}. Leave them out, "
+                f"data.mixture_without: {[*self.mixture_without, *unfit]}; or choose other data.cameras, no "
+                "data.state, or what `hf-vla convert rlds` writes into a folder of the dataset's name in "
+                "data.mixture_root, where actions have the common form, delta_ee with euler_xyz."
             )
-        action, state = (facts.rlds_action, facts.rlds_state) if own else (facts.action, facts.state)
-        cameras = [_calibrated(camera, facts) for camera in self.cameras if camera.name in facts.cameras]
-        if not cameras:
-            roles = [camera.name for camera in self.cameras]
-            raise ValueError(f"Expected data.cameras among {list(facts.cameras)}, those of {name}, came {roles}.")
-        return DatasetArguments(
-            source=f"{self.mixture_root}/{name if own else facts.lerobot.rpartition('/')[2]}",
-            cameras=cameras,
-            action=ActionArguments(action.kind, action.rotation, action.frame, action.gripper),
-            state=None if self.state is None or state is None else StateArguments(state.rotation, state.frame),
-            unnorm_key=name,
-            eval_episodes=self.eval_episodes,
-            weight=weight,
-        )
+        return datasets
 
     @property
     def roles(self) -> list[str]:

@@ -59,9 +59,9 @@ def join(data: DataArguments, datasets: list[OpenDataset]) -> tuple[Mixture, Mix
     for dataset in datasets:
         own = [camera.name for camera in dataset.arguments.cameras]
         missing[dataset.arguments.unnorm_key] = [schema.camera_key(role) for role in data.roles if role not in own]
-    train = {each.arguments.unnorm_key: Subset(each.episodes, each.train_rows.tolist()) for each in datasets}
+    train = {each.arguments.unnorm_key: Subset(each.episodes, each.train_rows) for each in datasets}
     held_out = {
-        each.arguments.unnorm_key: Subset(each.episodes, each.eval_rows.tolist())
+        each.arguments.unnorm_key: Subset(each.episodes, each.eval_rows)
         for each in datasets
         if len(each.eval_rows)
     }

@@ -69,18 +69,14 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
 def sampler(recipe: Recipe, datasets: list[OpenDataset], train_set: Mixture) -> Sampler | None:
     """Order of the training rows; None for the Trainer's own, which draws every row once an epoch."""
     data, training = recipe.data, recipe.training
+    batch_size, seed = training.train_batch_size, training.seed
     if data.shuffle == "windows":
         lanes = max(1, training.dataloader_num_workers) * training.world_size
-        orders = [
-            WindowSampler(
-                each.learnt_starts,
-                lanes=lanes,
-                num_open=max(1, min(MAX_OPEN, training.train_batch_size)),
-                seed=training.seed,
-            )
-            for each in datasets
-        ]
-        return MixtureSampler(train_set, training.seed, orders, lanes, training.train_batch_size)
+        orders = []
+        for place, (opened, share) in enumerate(zip(datasets, train_set.shares.values(), strict=True)):
+            num_open = min(MAX_OPEN, max(1, round(batch_size * share)))  # as many as there are rows of it in a batch
+            orders.append(WindowSampler(opened.learnt_starts, num_open=num_open, lanes=lanes, seed=(seed, place)))
+        return MixtureSampler(train_set, seed, orders, lanes, batch_size)
     if all(dataset.weight == 1 for dataset in data.datasets) and data.balance == "size":
         return None
-    return MixtureSampler(train_set, training.seed)
+    return MixtureSampler(train_set, seed)
