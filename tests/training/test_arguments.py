@@ -188,7 +188,7 @@ def test_help_names_everything_of_a_recipe(capsys):
         ({"data.source": None}, "Expected one of data.source, data.datasets and data.mixture, came .*'source': None"),
         ({"data.datasets": [OTHER]}, "Expected one of data.source, data.datasets and data.mixture, came .*'other'"),
         ({"data.action": None}, "The recipe lacks data.action: what the actions of data.source mean"),
-        ({**ONLY, "data.cameras": [{"name": "wrist"}]}, "data.cameras is of data.source alone: several datasets have"),
+        ({**ONLY, "data.cameras": [{"name": "wrist"}]}, "data.cameras is of data.source alone: leave it out"),
         ({**SEVERAL, "data.datasets": [OTHER, OTHER]}, r"called \['other'\]: give them different unnorm_keys"),
         (
             {**SEVERAL, "data.datasets": [OTHER, {**OTHER, "source": "x", "state": {}}]},
@@ -206,6 +206,9 @@ def test_help_names_everything_of_a_recipe(capsys):
             {**NAMED, "data.cameras": []},
             r"bridge_orig: its cameras are \['primary', 'secondary'\]",
         ),
+        ({**NAMED, "data.episodes": [0]}, "data.episodes is of data.source alone"),
+        ({**NAMED, "data.revision": "main"}, "data.revision is of data.source alone"),
+        ({"data.mixture_without": ["kuka"]}, "data.mixture_without is of a data.mixture: leave it out"),
         ({**NAMED, "data.source": "x"}, "Expected one of data.source, data.datasets and data.mixture"),
         ({"data.balance": "rows"}, r"Expected data.balance among \('size', 'equal'\), came 'rows'"),
         ({"data.chunk_tail": "zero"}, r"Expected data.chunk_tail among \('mask', 'hold'\), came 'zero'"),

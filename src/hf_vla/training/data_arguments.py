@@ -96,16 +96,23 @@ class DatasetArguments:
 
 @dataclass
 class FilterArguments:
-    """What to leave out of the training, see [`~hf_vla.data.filters.find_flaws`]; held-out episodes stay as they are.
+    """What to leave out of the training, of which held-out episodes are no part.
+
+    See [`~hf_vla.data.filters.find_dropped`]. Idle rows are missing from the observations before a row (`n_obs_steps`)
+    too: behind a rest the training sees the rows before it, the policy the last steps of the rest.
 
     Args:
-        idle (`float`, *optional*): share of its range by which a dimension of an idle row may move, 0.01 for example.
+        idle (`float`, *optional*): share of its range by which a dimension may move while all is idle, 0.01 for
+            example.
+        idle_seconds (`float`): the shortest time of that which is left out.
         outliers (`float`, *optional*): ranges by which an action may lie outside of the usual, 1.0 for example.
-        jerk (`float`, *optional*): ranges by which the acceleration may change within a step, 1.0 for example.
-        duplicates (`bool`): leave out episodes that are there twice.
+        jerk (`float`, *optional*): ranges of the velocity by which the acceleration may change within a step, 1.0 for
+            example.
+        duplicates (`bool`): leave out episodes that are there twice, and those that are among the held-out ones.
     """
 
     idle: float | None = None
+    idle_seconds: float = 0.5
     outliers: float | None = None
     jerk: float | None = None
     duplicates: bool = False
@@ -177,14 +184,20 @@ class DataArguments:
         if sum(bool(way) for way in ways.values()) != 1:
             raise ValueError(f"Expected one of data.source, data.datasets and data.mixture, came {ways}.")
         own = {field.name: getattr(self, field.name) for field in fields(DatasetArguments) if field.name != "weight"}
-        if self.source is not None:
+        of_mixture = {"cameras", "state", "eval_episodes"} if self.mixture is not None else set()
+        unread = [name for name, value in own.items() if value and self.source is None and name not in of_mixture]
+        if unread:
+            raise ValueError(
+                f"data.{unread[0]} is of data.source alone: leave it out, or give it to each of datasets."
+            )
+        if self.mixture is None and self.mixture_without:
+            raise ValueError("data.mixture_without is of a data.mixture: leave it out.")
+        if self.mixture is not None:
+            self.datasets = self._of_mixture()
+        elif self.source is not None:
             if self.action is None:
                 raise ValueError("The recipe lacks data.action: what the actions of data.source mean.")
             self.datasets = [DatasetArguments(**own)]
-        elif self.mixture is not None:
-            self.datasets = self._of_mixture()
-        elif given := [name for name, value in own.items() if value]:
-            raise ValueError(f"data.{given[0]} is of data.source alone: several datasets have their own.")
         self.shuffle = self.shuffle or ("windows" if self.streaming else "rows")
         for name, choices in (("balance", BALANCES), ("chunk_tail", CHUNK_TAILS), ("shuffle", SHUFFLES)):
             if getattr(self, name) not in choices:

@@ -63,6 +63,7 @@ def build_divla(arguments: ModelArguments, facts: DataFacts):
             "itself.",
             data__reasoning=facts.reasonings is not None,
         )
+    refuse("divla", "it sees the present alone.", data__n_obs_steps=facts.n_obs_steps > 1)
     dictionaries = continuous_dictionaries(facts, NORMALIZATION, STATE_NORMALIZATION)
     if (arguments.config or {}).get("latent_dim") is not None:
         key = facts.only("a batch is for one robot where actions are latent")

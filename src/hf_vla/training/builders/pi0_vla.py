@@ -40,6 +40,7 @@ def build_pi0_vla(arguments: ModelArguments, facts: DataFacts):
         model__backbone=arguments.backbone,
     )
     refuse_reasoning("pi0_vla", arguments, facts)
+    refuse("pi0_vla", "it sees the present alone.", data__n_obs_steps=facts.n_obs_steps > 1)
     dictionaries = continuous_dictionaries(facts, NORMALIZATION, NORMALIZATION)
     if arguments.path is None:
         overrides = config_overrides(arguments, PI0VLAConfig, {"chunk_size": facts.chunk_size})
