@@ -120,28 +120,31 @@ def best(results):
     return max(result[0] for result in results), min(result[1] for result in results)
 
 
-def decoding(path, count):
-    """CPU milliseconds per frame of bare PyAV, ours and torchcodec's."""
-    container = av.open(str(path))
-    stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1
-    frames, places = container.decode(stream), np.random.default_rng(0).integers(0, stream.frames, count).tolist()
-    ours, table = VideoFrames(), Table("decoding alone", "CPU ms per frame")
-    cases = {"PyAV, in order, no colours": (lambda _: next(frames), range(count))}
-    decoder = torchcodec_decoder()
-    decoder = decoder and decoder(str(path), dimension_order="NHWC")
-    for order, rows in (("in order", range(count)), ("random", places)):
-        cases[f"VideoFrames, {order}"] = lambda row: ours.read(path, [row / FPS]), rows
-        if decoder:
-            cases[f"torchcodec, {order}"] = decoder.get_frame_at, rows
-    results = {name: [] for name in cases}
-    for _ in range(3):
-        container.seek(0)
-        frames = container.decode(stream)
-        for name, case in cases.items():
-            results[name].append(timed(*case))
-    for name, result in results.items():
-        table.add_row(name, f"{best(result)[1]:.3f}")
+def decoding(path, starts, count):
+    """CPU milliseconds per item of one file, ours and torchcodec's."""
+    with av.open(str(path)) as container:
+        starts = starts[starts <= container.streams.video[0].frames]  # of the episodes in this file
+    places = np.random.default_rng(0).integers(1, starts[-1], count).tolist()
+    orders = {
+        "one frame, random": [[place] for place in places],
+        "two frames, random": [[place - 1, place] for place in places],
+        "one frame, in order": [[place] for place in range(min(count, starts[-1]))],
+        "one frame, windows side by side": [[place] for place in list(WindowSampler(starts, num_open=16))[:count]],
+    }
+    readers = {"VideoFrames": VideoFrames().read}
+    if decoder := torchcodec_decoder():
+        decoder = decoder(str(path), dimension_order="NHWC", seek_mode="approximate")
+        readers["torchcodec"] = lambda path, times: decoder.get_frames_played_at(times).data.numpy()
+    table = Table("decoding alone, CPU ms per item", *readers)
+    for order, items in orders.items():
+        # Half a frame late torchcodec is sure to take the right one.
+        late = {reader: 0.5 * (reader == "torchcodec") for reader in readers}
+        results = {reader: [] for reader in readers}
+        for _ in range(5):
+            for reader, read in readers.items():
+                times = [[(place + late[reader]) / FPS for place in item] for item in items]
+                results[reader].append(timed(partial(read, path), times))
+        table.add_row(order, *(f"{best(result)[1]:.3f}" for result in results.values()))
     return table
 
 
@@ -207,7 +210,7 @@ def main():
         readers = ours | lerobot_readers(root)
         starts = LeRobotEpisodes(root, cameras=[]).episode_starts
         items = min(args.items, int(starts[-1]))
-        console.print(decoding(sorted(root.glob(f"videos/{CAMERAS[0]}/*/*.mp4"))[0], items))
+        console.print(decoding(sorted(root.glob(f"videos/{CAMERAS[0]}/*/*.mp4"))[0], starts, items))
         # Workers first: those of LeRobot with torchcodec fail where decoders were open before they were forked.
         console.print(loading(readers, starts, 4 * items, args.workers))
         console.print(reading(readers, starts, items))

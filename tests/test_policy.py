@@ -99,6 +99,14 @@ def test_passes_image_text_and_key():
     assert "state" not in inputs and "depth" not in inputs  # the checkpoint declares neither
 
 
+@pytest.mark.parametrize("key", ["observation.image", "observation.images.observation.image"])
+def test_a_camera_may_be_called_as_its_column(key):
+    policy = Policy(Counter(), EchoProcessor(CameraSpec("observation.image", 8, 8)))
+    picture = np.ones((8, 8, 3), np.uint8)
+    policy.predict_chunk(observe(**{key: picture}))
+    assert policy.processor.inputs["images"][0] is picture
+
+
 def test_takes_the_declared_camera_depth_and_state():
     camera = CameraSpec("wrist", 8, 8, depth=True)
     policy = Policy(Counter(), EchoProcessor(camera, state_spec=StateSpec(("x", "y"))))

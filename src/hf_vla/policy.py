@@ -236,10 +236,10 @@ class Policy:
                 f"Expected an instruction under {TASK!r}, a text, came {observation.get(TASK)!r}; the observation has "
                 f"{sorted(observation)}."
             )
-        names = self._camera_names(observation)
-        if all(observation[IMAGES + name] is None for name in names):
+        images = self._pictures(observation)
+        names = [*images]
+        if all(picture is None for picture in images.values()):
             raise ValueError(f"This checkpoint needs a picture of {' or '.join(map(repr, names))}, came None.")
-        images = {name: observation[IMAGES + name] for name in names}
         inputs = {"images": [images if len(names) > 1 else images[names[0]]], "text": [observation[TASK]]}
         for name, camera in zip(names, self.cameras, strict=False):
             if camera.depth:
@@ -289,18 +289,22 @@ class Policy:
             inputs["depth"] = [[None] * padding + [step["depth"][0] for step in steps]]
         return inputs
 
-    def _camera_names(self, observation):
-        given = sorted(key.removeprefix(IMAGES) for key in observation if key.startswith(IMAGES))
+    def _pictures(self, observation):
+        """The picture of every camera, by its name."""
         declared = [camera.name for camera in self.cameras if camera.name is not None]
+        given = {key.removeprefix(IMAGES): value for key, value in observation.items() if key.startswith(IMAGES)}
+        given |= {name: observation[name] for name in declared if name in observation}  # such as observation.image
         missing = [name for name in declared if name not in given]
         if missing:
             raise ValueError(
                 f"This checkpoint needs the camera{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; the "
-                f"observation has {given}."
+                f"observation has {sorted(given)}."
             )
         if not declared and len(given) != 1:
-            raise ValueError(f"This checkpoint names no camera, so give exactly one '{IMAGES}<name>'; came {given}.")
-        return declared or given
+            raise ValueError(
+                f"This checkpoint names no camera, so give exactly one '{IMAGES}<name>'; came {sorted(given)}."
+            )
+        return {name: given[name] for name in declared or given}
 
     def _state(self, observation):
         state_dim = self.processor.action_codec.state_normalizer(self.unnorm_key).action_dim

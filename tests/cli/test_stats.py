@@ -144,3 +144,14 @@ def test_help_answers_without_the_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.strip() == "[]"
+
+
+def test_actions_without_names_have_a_grid_where_they_are_said_to_be_an_end_effectors(datasets, tmp_path):
+    root = tmp_path / "unnamed"
+    shutil.copytree(datasets / "v30_video_av1", root, ignore=shutil.ignore_patterns("videos"))
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"]["action"]["names"] = None
+    (root / "meta/info.json").write_text(json.dumps(info))
+    result = stats(root)
+    assert "gaussian_grid: not fitted, the grid bins an end effector's translation" in result.stdout
+    assert "gaussian_grid: fitted, 8,194 ids" in stats(root, "--end-effector").stdout

@@ -1,4 +1,7 @@
+import json
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoProcessor
@@ -30,6 +33,25 @@ def test_a_batch_is_what_the_processor_takes(dataset):
     assert torch.equal(batch["actions"], torch.stack([item["action"] for item in items]))
     assert batch["action_mask"].tolist() == [[True] * 4, [True, True, False, False]]
     assert (batch["unnorm_key"], batch["return_tensors"]) == (["blocks"] * 2, "pt")
+
+
+def test_a_dataset_of_one_camera_may_call_it_observation_image(copy, edit):
+    """As LeRobot's `pusht` does: the dataset and the collator know it by one name."""
+    root = copy("v30_images")
+    for path in root.glob("data/*/*.parquet"):
+        table = pq.read_table(path)
+        names = [name.replace("observation.images.wrist", "observation.image") for name in table.column_names]
+        pq.write_table(table.rename_columns(names), path)
+    edit(
+        root / "meta/info.json",
+        lambda info: json.loads(json.dumps(info).replace("observation.images.wrist", "observation.image")),
+    )
+    for camera_map in (None, {"observation.image": "observation.image"}):  # the second is how a recipe has it
+        dataset = LeRobotEpisodes(root, {"action": [0.0]}, cameras=["observation.image"], camera_map=camera_map)
+        item = dataset[3]
+        batch = VLACollator(Recorder(), "x", ["observation.image"])([item])
+        assert dataset.camera_keys == ["observation.image"]
+        assert torch.equal(batch["images"][0], item["observation.image"])
 
 
 def test_of_several_cameras_each_sample_has_a_dictionary(goldens):

@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_said_in_words(write_dataset, scan):
     root, _ = write_dataset([10, 12])
     fitted, refused = fit_tokenizers(scanned(root))
     assert list(fitted) == ["uniform"] and fitted["uniform"]["tokenizer"]["action_dim"] == 2
-    assert "4 (translation, gripper); these actions have 2" in refused["gaussian_grid"]
+    assert "or translation and gripper (4); these actions have 2" in refused["gaussian_grid"]
     assert refused["fast"] == "it is fitted to 16 consecutive actions, and no episode has as many"
     long, _ = write_dataset([3000])
     assert "Raise vocab_size" in fit_tokenizers(scanned(long, chunk_size=2700))[1]["fast"]
@@ -93,3 +93,44 @@ def test_datasets_without_one_good_row_have_no_grid(write_dataset):
     root, _ = write_dataset([10], change=spoil)
     fitted, refused = fit_tokenizers(scanned(root))
     assert fitted == {} and refused.keys() == ACTION_TOKENIZERS.keys()
+
+
+def of_seven(write_dataset, names):
+    def change(columns):
+        columns["action"] = np.random.default_rng(0).random((60, 7), np.float32)
+
+    return scanned(write_dataset([30, 30], names=names, change=change)[0])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["x", "y", "z", "roll", "pitch", "yaw", "gripper"],
+        {"motors": ["dx", "dy", "dz", "drx", "dry", "drz", "gripper_closedness"]},
+        ["delta_x", "delta_y", "delta_z", "axis_angle_1", "axis_angle_2", "axis_angle_3", "gripper.pos"],
+        ["eef.x.vel", "eef.y.vel", "eef.z.vel", "rx.vel", "ry.vel", "rz.vel", "Gripper"],
+    ],
+)
+def test_names_of_an_end_effector_have_a_grid(write_dataset, names):
+    assert "gaussian_grid" in fit_tokenizers(of_seven(write_dataset, names))[0]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"joint_{index}" for index in range(7)],
+        [*(f"joint_{index}" for index in range(6)), "gripper"],
+        ["gripper", "x", "y", "z", "roll", "pitch", "yaw"],
+        ["y", "x", "z", "roll", "pitch", "yaw", "gripper"],
+        ["x", "y", "z", "qx", "qy", "qz", "qw"],
+        ["x", "y", "z", "left_gripper", "a", "b", "right_gripper"],
+        None,
+    ],
+)
+def test_other_actions_have_no_grid_unless_they_are_said_to_be(write_dataset, names):
+    scan = of_seven(write_dataset, names)
+    fitted, refused = fit_tokenizers(scan)
+    assert list(fitted) == ["uniform", "fast"] and [*refused] == ["gaussian_grid"]
+    listed = names or [f"action_{index}" for index in range(7)]
+    assert f"if {listed} are these, in this order, say so (--end-effector)" in refused["gaussian_grid"]
+    assert "gaussian_grid" in fit_tokenizers(scan, end_effector=True)[0]

@@ -243,6 +243,41 @@ def test_wrong_requests_are_errors(goldens, arguments, message):
         LeRobotEpisodes(goldens / "lerobot" / "datasets" / "v30_video_av1", **arguments)
 
 
+@pytest.mark.parametrize("name", ["v30_video_av1", "v21_video"])
+def test_windows_may_be_given_in_rows(goldens, name):
+    source = goldens / "lerobot" / "datasets" / name
+    dataset = LeRobotEpisodes(
+        source, {"observation.state": [-0.1, 0.0]}, delta_indices={"action": range(3), TOP: [-1]}
+    )
+    seconds = {"observation.state": [-0.1, 0.0], "action": [0.0, 0.1, 0.2], TOP: [-0.1]}
+    expected = LeRobotEpisodes(source, seconds)
+    for row in (0, len(dataset) - 1):
+        item, other = dataset[row], expected[row]
+        assert [*item] == [*other] and item["action"].shape == (3, 7)
+        assert all(torch.equal(item[key], other[key]) for key in other if key != "task")
+    with pytest.raises(ValueError, match=r"'action' should be multiples of 1/10 s, came \[0.05\]"):
+        LeRobotEpisodes(source, delta_indices={"action": [0, 0.5]})
+
+
+def test_windows_in_rows_fit_a_rate_that_is_no_whole_number(copy, edit):
+    root = copy("v30_images")
+    edit(root / "meta/info.json", lambda info: info | {"fps": 29.97})
+    dataset = LeRobotEpisodes(root, delta_indices={"action": range(-50, 50)}, cameras=[])
+    np.testing.assert_array_equal(dataset._deltas["action"], range(-50, 50))
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_pictures_are_copied_when_the_dataset_is_opened_and_shared_by_workers(copy, context, monkeypatch, tmp_path):
+    """Not in every worker, when it needs the first of them."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    dataset = LeRobotEpisodes(copy("v30_images"), cameras=["wrist"])
+    copies = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
+    assert len(copies) == 1
+    for number, item in enumerate(DataLoader(dataset, None, num_workers=1, multiprocessing_context=context)):
+        assert torch.equal(item[WRIST], dataset[number][WRIST])
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")} == copies
+
+
 def test_deltas_within_a_tenth_of_a_millisecond_are_rounded(goldens):
     source = goldens / "lerobot" / "datasets" / "v30_video_av1"
     assert LeRobotEpisodes(source, {"action": [0.10009]}, cameras=[])[0]["action"].shape == (1, 7)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_vla.data.lerobot import LeRobotEpisodes
+from hf_vla.data.schema import camera_key
 
 TOP, WRIST, HAND = "observation.images.top", "observation.images.wrist", "observation.images.hand"
 NAMES = ["v30_video_av1", "v30_images", "v21_video"]
@@ -67,6 +68,86 @@ def test_a_camera_of_any_name_may_have_a_role(copy, edit):
         table = pq.read_table(path)
         pq.write_table(table.rename_columns([name.replace(TOP, "view") for name in table.column_names]), path)
     assert LeRobotEpisodes(root, camera_map={"top": "view"})[0][TOP].shape == (3, 108, 108)
+
+
+@pytest.fixture
+def openpi(copy, edit):
+    """The dataset as openpi's converters name its columns."""
+    names = {"action": "actions", "observation.state": "state", TOP: "image", WRIST: "wrist_image"}
+
+    def make(name="v30_images"):
+        root = copy(name)
+
+        def rename(entries):
+            return {names.get(key, key): value for key, value in entries.items()}
+
+        edit(root / "meta/info.json", lambda info: info | {"features": rename(info["features"])})
+        edit(root / "meta/stats.json", rename)
+        for path in root.glob("data/*/*.parquet"):
+            table = pq.read_table(path)
+            pq.write_table(table.rename_columns([names.get(key, key) for key in table.column_names]), path)
+        return root
+
+    return make
+
+
+COLUMNS = {"action": "actions", "observation.state": "state"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_other_names_are_read_under_ours(hub, openpi, folder, streaming):
+    root = openpi()
+    hub.upload("somebody/blocks", root)
+    options = {"delta_timestamps": {"action": [0.0, 0.1], TOP: [0.0]}, "episodes": [1, 3]}
+    expected = LeRobotEpisodes(folder / "v30_images", **options)
+    cameras = {"top": "image", "wrist": "wrist_image"}
+    for source in (root, "somebody/blocks"):
+        dataset = LeRobotEpisodes(
+            source, **options, camera_map=cameras, column_map=COLUMNS, streaming=streaming and source != root
+        )
+        assert [*dataset.features] == [*expected.features] and dataset.camera_keys == [TOP, WRIST]
+        assert dataset.statistics.keys() == expected.statistics.keys()
+        np.testing.assert_array_equal(dataset.column("observation.state"), expected.column("observation.state"))
+        for row in (0, len(expected) - 1):
+            item, other = dataset[row], expected[row]
+            assert [*item] == [*other] and item["task"] == other["task"]
+            assert all(torch.equal(item[key], other[key]) for key in other if key != "task")
+    assert [*LeRobotEpisodes(root)[0]][:2] == ["image", "wrist_image"] and "actions" in LeRobotEpisodes(root)[0]
+
+
+@pytest.mark.parametrize(
+    ("maps", "message"),
+    [
+        (
+            {"column_map": {"action": "act"}},
+            r"no column \['act'\] for the roles of column_map; it has \['state', 'act",
+        ),
+        ({"column_map": {"action": "image"}}, r"no column \['image'\] for the roles of column_map"),
+        ({"column_map": {"action": "timestamp"}}, r"no column \['timestamp'\] for the roles of column_map"),
+        (
+            {"column_map": {"state": "actions"}},
+            "another role of column_map for each of its columns .*came {'state': 'a",
+        ),
+        ({"column_map": {"a": "state", "b": "state"}}, "another role of column_map for each of its columns"),
+        ({"column_map": {"image": "state"}}, "names that no other column of .* keeps, came {} and {'image': 'state'}"),
+    ],
+)
+def test_wrong_names_of_columns_are_errors(openpi, maps, message):
+    with pytest.raises(ValueError, match=message):
+        LeRobotEpisodes(openpi(), cameras=[], **maps)
+
+
+def test_two_columns_may_change_their_names(folder):
+    plain = LeRobotEpisodes(folder / "v30_images", cameras=[])
+    swapped = {"action": "observation.state", "observation.state": "action"}
+    dataset = LeRobotEpisodes(folder / "v30_images", cameras=[], column_map=swapped)
+    np.testing.assert_array_equal(dataset.column("action"), plain.column("observation.state"))
+    np.testing.assert_array_equal(dataset.statistics["action"]["mean"], plain.statistics["observation.state"]["mean"])
+
+
+def test_a_column_of_observations_is_a_cameras_own_name():
+    assert camera_key("wrist") == camera_key(WRIST) == WRIST
+    assert camera_key("observation.image") == "observation.image" and camera_key("image") == "observation.images.image"
 
 
 @pytest.mark.parametrize(

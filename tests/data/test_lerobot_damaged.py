@@ -163,6 +163,79 @@ def test_tasks_may_be_empty_but_not_missing(copy):
         LeRobotEpisodes(root)
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u0085"])
+def test_a_task_may_hold_what_ends_a_line_of_text(copy, mark):
+    root = copy("v21_video")
+    path = root / "meta/tasks.jsonl"
+    tasks = [json.loads(line) | {"task": f"first{mark}then"} for line in path.read_text().splitlines()]
+    path.write_bytes("\r\n".join(json.dumps(task, ensure_ascii=False) for task in tasks).encode())
+    assert LeRobotEpisodes(root, cameras=[])[-1]["task"] == f"first{mark}then"
+
+
+def renamed(old, new):
+    return lambda text: text.replace(f'"{old}"', f'"{new}"', 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change", "message"),
+    [
+        ("v30_video_av1", "meta/info.json", lambda text: text[:300], r"info.json: cannot be read as JSON .* complete"),
+        ("v30_video_av1", "meta/info.json", lambda text: f"[{text}]", r"info.json: expected an object with entries, "),
+        ("v30_video_av1", "meta/info.json", renamed("dtype", "type"), "a dtype and a shape of"),
+        ("v30_video_av1", "meta/info.json", renamed("shape", "size"), "a dtype and a shape of"),
+        (
+            "v21_video",
+            "meta/info.json",
+            lambda text: text.replace("{episode_chunk", "{chunk_index"),
+            r"info.json: expected data_path to be a template of episode_chunk and episode_index, as v2.1 has it, came",
+        ),
+        (
+            "v30_video_av1",
+            "meta/info.json",
+            lambda text: text.replace("{video_key}", "{camera}"),
+            r"info.json: expected video_path to be a template of chunk_index and file_index, as v3.0 has it, came",
+        ),
+        ("v21_video", "meta/episodes.jsonl", lambda text: "\n", "one episode or more in the table of episodes, came"),
+        ("v21_video", "meta/episodes.jsonl", lambda text: text[:-20], r"jsonl, line 5: cannot be read as JSON"),
+        (
+            "v21_video",
+            "meta/episodes.jsonl",
+            renamed("length", "size"),
+            r"jsonl, line 1: expected an object with episode_index, length, came \{'episode_index': 0, ",
+        ),
+        ("v21_video", "meta/tasks.jsonl", renamed("task", "text"), "line 1: .* task_index, task,"),
+        (
+            "v21_video",
+            "meta/episodes_stats.jsonl",
+            renamed("mean", "average"),
+            r"meta/episodes_stats.jsonl: expected mean, std, count, min and max .* \(KeyError\('mean'\)\)",
+        ),
+        ("v30_video_av1", "meta/stats.json", lambda text: text[:-3], r"meta/stats.json: cannot be read as JSON"),
+    ],
+)
+def test_damaged_tables_are_errors_that_name_the_file(copy, name, file, change, message):
+    root = copy(name)
+    text = (root / file).read_text()
+    assert change(text) != text
+    (root / file).write_text(change(text))
+    with pytest.raises(ValueError, match=message):
+        LeRobotEpisodes(root).statistics  # noqa: B018
+
+
+def test_an_episode_may_lack_the_statistics_of_a_column(copy):
+    """As LeRobot's own merging allows."""
+    root = copy("v21_video")
+    expected = LeRobotEpisodes(root, cameras=[]).statistics
+    path = root / "meta/episodes_stats.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    del rows[0]["stats"]["action"]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = LeRobotEpisodes(root, cameras=[]).statistics
+    assert found.keys() == expected.keys()
+    assert found["action"]["count"] == expected["action"]["count"] - rows[0]["stats"]["observation.state"]["count"][0]
+    np.testing.assert_array_equal(found["observation.state"]["mean"], expected["observation.state"]["mean"])
+
+
 def test_tasks_out_of_order_are_an_error(copy):
     """LeRobot reads a task by its row, whatever number the row gives."""
     root = copy()
@@ -178,10 +251,7 @@ def test_tasks_out_of_order_are_an_error(copy):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (
-            encoded(np.full((8, 8), 40_000, np.uint16)),
-            "expected 8 bits per channel, came mode 'I;16'; see `cameras`",
-        ),
+        (encoded(np.full((8, 8), 40_000, np.uint16)), "expected 8 bits per channel, came mode 'I;16'; see `cameras`"),
         (WHOLE[: len(WHOLE) // 2], "truncated"),
         (WHOLE[:36] + b"\0" + WHOLE[37:], "broken PNG"),
         (b"no picture", "cannot identify image file"),

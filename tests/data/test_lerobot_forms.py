@@ -17,13 +17,13 @@ from hf_vla.data.lerobot import LeRobotEpisodes
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
 
 
-def encode(path, pictures, fps=10):
+def encode(path, pictures, fps=10, kind="yuv444p", codec="libx264"):
     """Lossless up to the colours: odd sizes cannot be subsampled."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"qp": "0", "g": "2"})
-        stream.height, stream.width, stream.pix_fmt, stream.thread_count = *pictures.shape[1:3], "yuv444p", 1
+        stream = container.add_stream(codec, rate=fps, options={"qp": "0", "g": "2"} if codec == "libx264" else {})
+        stream.height, stream.width, stream.pix_fmt, stream.thread_count = *pictures.shape[1:3], kind, 1
         for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24" if picture.ndim == 3 else kind)))
         container.mux(stream.encode())
 
 
@@ -37,6 +37,46 @@ def test_pictures_of_odd_sizes_in_videos(copy, size):
         first = 0 if row < 25 else 25
         expected = pictures[[max(row - 1, first), row]].transpose(0, 3, 1, 2)
         np.testing.assert_allclose(dataset[row][TOP].numpy() * 255, expected, atol=4)  # YUV and back
+
+
+def test_grey_videos_have_three_channels(copy):
+    root = copy()
+    pictures = np.random.default_rng(0).integers(16, 236, (58, 8, 8), np.uint8)
+    encode(root / f"videos/{TOP}/chunk-000/file-000.mp4", pictures, kind="gray")
+    picture = LeRobotEpisodes(root, cameras=["top"])[3][TOP]
+    assert torch.equal(picture, picture[:1].expand(3, 8, 8)) and picture.std() > 0.1
+
+
+def test_depth_is_not_crushed_to_the_numbers_of_a_colour(copy):
+    root = copy()
+    depth = np.zeros((58, 8, 8), np.uint16) + np.arange(1000, 1058, dtype=np.uint16)[:, None, None]
+    encode(root / f"videos/{TOP}/chunk-000/file-000.mp4", depth, kind="gray16le", codec="ffv1")
+    with pytest.raises(
+        ValueError, match=r"frame 3, .*top: .*expected pictures of 8 bits, came gray16le; .* `cameras`"
+    ):
+        LeRobotEpisodes(root)[3]
+    assert LeRobotEpisodes(root, cameras=["wrist"])[3][WRIST].shape == (3, 72, 72)
+
+
+@pytest.mark.parametrize(
+    ("place", "mark"),
+    [("info", "video.is_depth_map"), ("info", "is_depth_map"), ("video_info", "video.is_depth_map")],
+)
+@pytest.mark.parametrize("name", ["v30_video_av1", "v30_images"])
+def test_a_camera_that_is_marked_as_depth_is_read_where_it_is_asked_for(copy, edit, name, place, mark):
+    root = copy(name)
+    expected = LeRobotEpisodes(root)[3]
+
+    def declare(info):
+        info["features"][TOP][place] = {mark: True}
+        info["features"][WRIST][place] = None
+        return info
+
+    edit(root / "meta/info.json", declare)
+    dataset = LeRobotEpisodes(root)
+    assert dataset.camera_keys == [WRIST] and TOP not in dataset.features and TOP not in dataset[3]
+    asked = LeRobotEpisodes(root, cameras=["top", "wrist"])
+    assert asked.camera_keys == [TOP, WRIST] and torch.equal(asked[3][TOP], expected[TOP])
 
 
 @pytest.mark.parametrize("size", [(33, 57), (57, 33), (1, 1)])
@@ -132,5 +172,5 @@ def test_a_camera_that_is_not_asked_for_is_not_decoded(copy, rewrite):
     for path in root.glob("data/*/*.parquet"):
         rewrite(path, TOP, lambda column: pa.array([{"bytes": b"none", "path": None}] * len(column), column.type))
     assert LeRobotEpisodes(root, cameras=["wrist"])[3][WRIST].shape == (3, 48, 64)
-    with pytest.raises(ValueError, match="frame 3, .*top: cannot identify"):
+    with pytest.raises(ValueError, match="frame 3, .*top: a picture cannot be decoded: cannot identify"):
         LeRobotEpisodes(root)[3]

@@ -2,8 +2,13 @@
 
 import io
 import multiprocessing
+import os
 import pickle
 import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -215,6 +220,62 @@ def test_streaming_reads_from_any_url(folder):
         LeRobotEpisodes("memory://images")
     with pytest.raises(FileNotFoundError, match="meta/info.json is missing"):
         LeRobotEpisodes("memory://nothing", streaming=True)
+    with pytest.raises(ValueError, match="nobody://images: fsspec cannot open such a URL here .*Protocol not known"):
+        LeRobotEpisodes("nobody://images", streaming=True)
+
+
+class RangeHandler(SimpleHTTPRequestHandler):
+    """A folder with its listings, of whose files parts may be asked for."""
+
+    def send_head(self):
+        path, wanted = self.translate_path(self.path), self.headers.get("Range")
+        if not wanted or not os.path.isfile(path):
+            return super().send_head()
+        first, last = (int(place) for place in wanted.removeprefix("bytes=").split("-"))
+        data = Path(path).read_bytes()
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{min(last, len(data) - 1)}/{len(data)}")
+        self.send_header("Content-Length", str(len(data[first : last + 1])))
+        self.end_headers()
+        return io.BytesIO(data[first : last + 1])
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_streaming_over_http_also_in_forked_workers(folder, name):
+    """fsspec fetches in a thread, which a forked process lacks."""
+    pytest.importorskip("aiohttp", reason="fsspec's HTTP needs aiohttp")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/{name}"
+        dataset = LeRobotEpisodes(url, DELTAS, episodes=[0, 1], streaming=True)
+        expected = LeRobotEpisodes(folder / name, DELTAS, episodes=[0, 1])
+        rows = [3, len(expected) - 1, 30]
+        equal_datasets(dataset, expected, rows)
+        options = {"num_workers": 2, "multiprocessing_context": "fork", "timeout": 30}
+        for row, item in zip(rows, DataLoader(dataset, sampler=rows, batch_size=None, **options), strict=True):
+            equal(item, expected[row])
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_after_a_fork_files_are_opened_by_a_file_system_of_the_process(folder):
+    """Whatever it is: those of clouds are not to be shared."""
+    import fsspec
+
+    fsspec.filesystem("memory").put(str(folder / "v30_images"), "/forked", recursive=True)
+    dataset = LeRobotEpisodes("memory://forked", streaming=True)
+    elsewhere = dataset._files._elsewhere
+    before, item = elsewhere.file_system, dataset[3]
+    assert elsewhere.file_system is before
+    elsewhere._process = -1  # as a child finds it
+    dataset._encoded._process = -1
+    equal(dataset[3], item)
+    assert elsewhere.file_system is not before
 
 
 def test_a_url_of_the_hub_is_a_name_with_its_revision(hub, folder):
@@ -292,10 +353,31 @@ def test_a_missing_file_is_named_with_the_frame_that_needs_it(hub, copy):
 
 def test_a_private_dataset_needs_a_token(hub, folder, monkeypatch):
     hub.upload("somebody/blocks", folder / "v30_images", private=True)
-    with pytest.raises(Exception, match="Repository Not Found"):
+    with pytest.raises(FileNotFoundError, match="blocks: the Hub has no such dataset, or none .* `hf auth login`.$"):
         LeRobotEpisodes("somebody/blocks")
     monkeypatch.setenv("HF_TOKEN", hub.token)
     equal_datasets(LeRobotEpisodes("somebody/blocks", streaming=True), LeRobotEpisodes(folder / "v30_images"), [0, 50])
+
+
+@pytest.mark.parametrize("variable", ["HF_LEROBOT_HOME", "HF_HOME"])
+def test_a_dataset_that_lerobot_recorded_is_named_where_the_hub_has_none(hub, folder, tmp_path, monkeypatch, variable):
+    home = tmp_path if variable == "HF_LEROBOT_HOME" else tmp_path / "lerobot"
+    monkeypatch.delenv("HF_LEROBOT_HOME", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path if variable == "HF_HOME" else "nowhere"))
+    shutil.copytree(folder / "v30_images", home / "somebody/blocks")
+    with pytest.raises(
+        FileNotFoundError, match=f"Hub has no such .* name in {home}/somebody/blocks: give that folder"
+    ):
+        LeRobotEpisodes("somebody/blocks")
+    hub.upload("somebody/blocks", folder / "v30_images")
+    assert LeRobotEpisodes("somebody/blocks", cameras=[]).revision  # the Hub's is what a name means
+    with pytest.raises(FileNotFoundError, match="no branch, tag or commit 'v9' on the Hub. LeRobot keeps"):
+        LeRobotEpisodes("somebody/blocks", revision="v9")
+    hub.close()
+    close_session()
+    with pytest.raises(FileNotFoundError, match="somebody/other: the Hub cannot be reached, and what is needed was"):
+        LeRobotEpisodes("somebody/other")
 
 
 def test_row_groups_are_kept_up_to_a_number_of_bytes(copy):

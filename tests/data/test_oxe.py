@@ -317,10 +317,10 @@ def test_mixtures_are_the_published_ones():
 
 
 def test_lerobot_conversions_are_described_as_they_are():
-    assert oxe_dataset("droid").camera_map() == {
-        "primary": "observation.images.exterior_image_1_left",
-        "secondary": "observation.images.exterior_image_2_left",
-        "wrist": "observation.images.wrist_image_left",
+    assert oxe_dataset("droid").cameras == {
+        "primary": "exterior_image_1_left",
+        "secondary": "exterior_image_2_left",
+        "wrist": "wrist_image_left",
     }
     absolute = {name for name, dataset in DATASETS.items() if dataset.action.kind != "delta_ee"}
     assert absolute == {"ucsd_kitchen_dataset", "iamlab_cmu_pickup_insert"}

@@ -1,5 +1,6 @@
 """RLDS folders that TensorFlow Datasets really wrote: read back, standardised, converted."""
 
+import io
 import json
 import os
 import signal
@@ -11,12 +12,16 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
+import hf_vla.data.rlds
+import hf_vla.data.rlds_conversion
 from hf_vla.cli.main import app
 from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.data.oxe import DATASETS, oxe_dataset
-from hf_vla.data.rlds import RldsEpisodes, decode_picture
+from hf_vla.data.pictures import decoded
+from hf_vla.data.rlds import RldsEpisodes
 
 needs_tensorflow = pytest.mark.skipif(
     find_spec("tensorflow") is None or find_spec("tensorflow_datasets") is None,
@@ -147,7 +152,7 @@ def test_reads_what_was_written(written, order):
         assert episode["is_last"].tolist() == [False] * (LENGTHS[number] - 1) + [True]
         assert {text.decode() for text in episode["language_instruction"]} == {TEXTS[number]}
         assert isinstance(episode["observation/image_0"][0], bytes)
-        np.testing.assert_array_equal(decode_picture(episode["observation/image_0"][1]), own["pictures"][0][1])
+        np.testing.assert_array_equal(decoded(episode["observation/image_0"][1]), own["pictures"][0][1])
         assert all(isinstance(value, np.ndarray) for value in episode.values())
 
 
@@ -311,12 +316,12 @@ def test_damaged_episodes_are_left_out_and_named(written, order, tmp_path, monke
     damaged = recording(order[1])["pictures"][0][3]
 
     def decode(encoded, bgr=False):
-        picture = decode_picture(encoded, bgr)
+        picture = decoded(encoded, bgr)
         if np.array_equal(picture, damaged):
             raise ValueError("a picture cannot be decoded")
         return picture
 
-    monkeypatch.setattr("hf_vla.data.rlds_conversion.decode_picture", decode)
+    monkeypatch.setattr("hf_vla.data.rlds_conversion.decoded", decode)
     result = convert(written, tmp_path / "out")
     assert "Left out episode 1: a picture cannot be decoded\n" in result.stdout
     assert "holds 3 episodes; 1 left out." in result.stdout
@@ -373,6 +378,16 @@ def test_is_not_imported_before_it_is_used():
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
-def test_undecodable_pictures_are_refused():
-    with pytest.raises(ValueError, match="a picture cannot be decoded"):
-        decode_picture(b"no picture")
+def test_pictures_are_decoded_as_those_of_lerobot_datasets_are():
+    """The same function: 16 bits are refused, not made white; colours in another order are put right."""
+    with pytest.raises(ValueError, match="a picture cannot be decoded: cannot identify"):
+        decoded(b"no picture")
+    deep, colours = io.BytesIO(), io.BytesIO()
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(deep, "PNG")
+    with pytest.raises(ValueError, match="a picture cannot be decoded: expected 8 bits per channel, came mode 'I;16'"):
+        decoded(deep.getvalue())
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    Image.fromarray(pixels).save(colours, "PNG")
+    np.testing.assert_array_equal(decoded(colours.getvalue()), pixels)
+    np.testing.assert_array_equal(decoded(colours.getvalue(), bgr=True), pixels[..., ::-1])
+    assert hf_vla.data.rlds_conversion.decoded is hf_vla.data.rlds.decoded is decoded

@@ -8,6 +8,7 @@ import pytest
 
 from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.data.scan import SHOWN_PLACES, DatasetScan, merged_plan, plan_scan
+from hf_vla.data.scan_processes import scan_datasets
 
 GOLDEN = ["v30_video_av1", "v30_images", "v21_video"]
 
@@ -270,6 +271,23 @@ def test_of_a_dataset_on_the_hub_no_video_is_downloaded(goldens, hub):
     assert found.name == "somebody/demos"
     assert_is_of(found.columns["action"].statistics, LeRobotEpisodes(root).column("action"))
     assert hub.fetched("data/*") and not hub.fetched("videos/*")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_of_pictures_in_parquet_on_the_hub_nothing_is_downloaded(goldens, hub, copy, rewrite, workers):
+    root, generator = copy("v30_images"), np.random.default_rng(0)
+    for path in root.glob("data/*/*.parquet"):  # a hundred times what the numbers take
+        picture = {"bytes": generator.bytes(20_000), "path": None}
+        rewrite(path, "observation.images.top", lambda column, p=picture: pa.array([p] * len(column), column.type))
+        table = pq.read_table(path)
+        pq.write_table(table, path, use_dictionary=False, compression="none")
+    hub.upload("somebody/pictures", root)
+    (found,) = scan_datasets([plan_scan("somebody/pictures", episodes=[1, 3])], workers)
+    dataset = LeRobotEpisodes(goldens / "lerobot" / "datasets" / "v30_images", episodes=[1, 3], cameras=[])
+    assert found.num_rows == len(dataset)
+    for key, column in found.columns.items():
+        assert_is_of(column.statistics, dataset.column(key))
+    assert 0 < hub.sent("*/data/*") < sum(path.stat().st_size for path in root.glob("data/*/*")) / 5
 
 
 def test_statistics_are_what_the_training_puts_into_a_checkpoint(demos):

@@ -273,6 +273,27 @@ def test_recorded_videos_are_torchcodecs_bit_for_bit(goldens, torchcodec):
         np.testing.assert_array_equal(VideoFrames().read(path, frames.pts_seconds.tolist()), frames.data.numpy())
 
 
+@pytest.mark.parametrize("size", [64, 66])  # libraries convert them by different code
+@pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
+def test_colours_of_either_range_are_those_recorded(size, full, tmp_path):
+    path, levels = tmp_path / "colours.mp4", np.linspace(0, 255, size).astype(np.uint8)
+    recorded = np.stack([*np.meshgrid(levels, levels), np.full((size, size), 128, np.uint8)], -1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libsvtav1", rate=FPS, options={"crf": "5", "preset": "8"})
+        stream.width, stream.height, stream.pix_fmt = size, size, "yuv420p"
+        colours = {"color_range": 2 if full else 1, "colorspace": 5}
+        frame = av.VideoFrame.from_ndarray(recorded, format="rgb24")
+        frame = frame.reformat(format="yuv420p", **{f"dst_{key}": value for key, value in colours.items()})
+        frame.pts, frame.time_base = 0, Fraction(1, FPS)
+        for key, value in colours.items():
+            setattr(frame, key, value)
+            setattr(stream.codec_context, key, value)
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    (picture,) = VideoFrames().read(path, [0.0])
+    assert np.abs(picture.astype(int) - recorded).mean() < 2  # the other range is off by 6
+
+
 def thread_of(item):
     time.sleep(0.02)  # or one thread might do them all
     return item, threading.get_ident()

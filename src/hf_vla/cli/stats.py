@@ -26,6 +26,14 @@ def stats(
     ] = None,
     episodes: Annotated[str | None, typer.Option(help="Episodes of every dataset, '0,3,10-20'; default: all.")] = None,
     chunk_size: Annotated[int, typer.Option(min=1, help="Actions of a chunk, which FAST is fitted to.")] = 16,
+    end_effector: Annotated[
+        bool,
+        typer.Option(
+            "--end-effector",
+            help="The actions are an end effector's translation, rotation (or none) and gripper, in this order, which "
+            "SpatialVLA's grid bins, though their names do not say so.",
+        ),
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; default: the CPUs, where the datasets are large.")
     ] = None,
@@ -57,9 +65,9 @@ def stats(
             if merged is not None:
                 merged.merge(scan)
             # Said and written at once: a dataset's rows need not stay in memory while others are read.
-            reports[scan.name] = report(scan, out and out / folders[scan.name])
+            reports[scan.name] = report(scan, out and out / folders[scan.name], end_effector)
     if merged is not None and merged.columns:
-        reports[MERGED] = report(merged, out and out / MERGED)
+        reports[MERGED] = report(merged, out and out / MERGED, end_effector)
     console = Console()
     for name in [*datasets, MERGED]:
         for part in reports.get(name, ()):
@@ -70,12 +78,13 @@ def stats(
         console.print(f"Wrote {out}", markup=False, highlight=False)
 
 
-def report(scan, folder):
+def report(scan, folder, end_effector=False):
     """Fit the representations to a dataset; write files where there is a folder for them.
 
     Args:
         scan ([`~hf_vla.data.scan.DatasetScan`]): of the dataset.
         folder (`Path`, *optional*): for stats.json, grids.json and the plots.
+        end_effector (`bool`): see [`~hf_vla.data.grids.fit_tokenizers`].
 
     Returns:
         `list`: what is to be printed of it.
@@ -95,7 +104,7 @@ def report(scan, folder):
     grids = {}
     if schema.ACTION in scan.columns:
         with quiet("hf_vla.actions.normalization"):  # of constant dimensions, which the remarks are about
-            grids, refused = fit_tokenizers(scan)
+            grids, refused = fit_tokenizers(scan, end_effector)
             if folder is not None:
                 write(scan, grids, folder)
         sizes = {name: build_action_tokenizer(entry["tokenizer"]).vocab_size for name, entry in grids.items()}

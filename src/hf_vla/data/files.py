@@ -5,7 +5,8 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,8 @@ class DatasetFiles:
         remote (`bool`): files may be elsewhere than in the folder.
 
     Raises:
-        FileNotFoundError: there is no such folder, and it is no dataset's name.
+        FileNotFoundError: there is no such folder, and it is no dataset's name; or the Hub does not have it, or cannot
+            be reached.
         ValueError: a URL without `streaming`, or the revision of a folder.
     """
 
@@ -89,7 +91,8 @@ class DatasetFiles:
                 except RemoteEntryNotFoundError:
                     pass  # who reads it says what it was needed for
 
-            thread_map(fetch, missing, max_workers=8, tqdm_class=tqdm, desc=f"Fetching files of {self.name}")
+            with self._from_the_hub(self.revision):
+                thread_map(fetch, missing, max_workers=8, tqdm_class=tqdm, desc=f"Fetching files of {self.name}")
 
     def glob(self, pattern: str) -> list[Path]:
         """Return the files that fit a pattern, in order of their names, be they here or elsewhere."""
@@ -120,43 +123,55 @@ class DatasetFiles:
         from huggingface_hub import snapshot_download
 
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-        return Path(snapshot_download(self.hub_name, repo_type="dataset", revision=revision, allow_patterns=patterns))
+        options = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
+        with self._from_the_hub(revision):
+            return Path(snapshot_download(self.hub_name, **options))
+
+    @contextmanager
+    def _from_the_hub(self, revision: str) -> Iterator[None]:
+        """Have the Hub's errors say what to do; what LeRobot recorded on this machine need not be on the Hub."""
+        from huggingface_hub import constants, errors
+
+        home = Path(os.environ.get("HF_LEROBOT_HOME") or Path(constants.HF_HOME, "lerobot"))
+        own = home.expanduser() / self.hub_name
+        hint = f" LeRobot keeps a dataset of this name in {own}: give that folder." if (own / "meta").is_dir() else ""
+        try:
+            yield
+        except errors.RepositoryNotFoundError as error:
+            raise FileNotFoundError(
+                f"{self.name}: the Hub has no such dataset, or none that you may read: check the name, or sign in "
+                f"with `hf auth login`.{hint}"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise FileNotFoundError(
+                f"{self.name}: the dataset has no branch, tag or commit {revision!r} on the Hub.{hint}"
+            ) from error
+        except errors.LocalEntryNotFoundError as error:
+            raise FileNotFoundError(
+                f"{self.name}: the Hub cannot be reached, and what is needed was not downloaded before ({error})."
+                f"{hint}"
+            ) from error
 
     def _copied_meta(self) -> Path:
         import fsspec
 
-        file_system, base = fsspec.core.url_to_fs(self.name)
+        try:
+            file_system, base = fsspec.core.url_to_fs(self.name)
+        except (ValueError, ImportError) as error:  # an unknown kind, or one whose package is not installed
+            raise ValueError(f"{self.name}: fsspec cannot open such a URL here ({error}).") from error
         self._elsewhere = RemoteFolder(file_system, base, self.name)
         folder = Path(tempfile.mkdtemp(prefix="hf_vla_meta_"))
         weakref.finalize(self, _remove, folder, os.getpid())
-        for path in self._elsewhere.glob("meta/**"):
+        for path in self._elsewhere.files("meta"):
             with named(f"{self.name}, {path}"):
-                if file_system.isfile(f"{base}/{path}"):
-                    (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                    (folder / path).write_bytes(file_system.cat_file(f"{base}/{path}"))
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_bytes(file_system.cat_file(f"{base}/{path}"))
         return folder
 
 
 def _remove(folder: Path, process: int) -> None:
     if os.getpid() == process:  # not in a process that was forked from the one that made it
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def local_folder(source: str | Path, revision: str | None = None, patterns: str | Sequence[str] = "*") -> Path:
-    """Folder of a dataset; one on the Hub is downloaded.
-
-    Args:
-        source (`str` or `Path`): the folder, or its name on the Hub.
-        revision (`str`, *optional*): branch, tag or commit on the Hub.
-        patterns (`str` or `Sequence[str]`): of the files to download; all of them by default.
-
-    Raises:
-        FileNotFoundError: there is no such folder, and it is no dataset's name.
-        ValueError: a URL, or the revision of a folder.
-    """
-    files = DatasetFiles(source, revision)
-    files.fetch(patterns)
-    return files.root
 
 
 def _name_on_the_hub(source: str | Path, revision: str | None) -> tuple[str | None, str | None]:

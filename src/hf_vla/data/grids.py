@@ -1,5 +1,7 @@
 """Every action representation fitted to what a scan of a dataset found."""
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,16 +17,18 @@ from hf_vla.data.scan import DatasetScan
 
 FAST_IDS = 1024  # as published
 _BINS = {4: NUM_BINS[:3], 7: NUM_BINS}  # dimensions -> the grid's
+_LAYOUT = "the grid bins an end effector's translation, rotation and gripper (7), or translation and gripper (4)"
 
 
-def fit_tokenizers(scan: DatasetScan) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+def fit_tokenizers(scan: DatasetScan, end_effector: bool = False) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Fit every representation to a dataset's actions, normalised by their own statistics as SpatialVLA does.
 
-    The last of 4 or 7 dimensions is the gripper, which the adaptive grid has in [0, 1]; all others go from q01..q99
-    to [-1, 1].
+    All dimensions go from q01..q99 to [-1, 1]; the adaptive grid has the gripper, its last one, in [0, 1].
 
     Args:
         scan ([`~hf_vla.data.scan.DatasetScan`]): of the dataset; its sample of rows and windows is what is fitted to.
+        end_effector (`bool`): whether the actions are an end effector's translation, rotation (or none) and gripper,
+            in this order, as the adaptive grid needs them, though their names do not say so.
 
     Returns:
         `tuple`: of two dictionaries by the representation's name. What it needs of an `action_config`,
@@ -42,7 +46,7 @@ def fit_tokenizers(scan: DatasetScan) -> tuple[dict[str, dict[str, Any]], dict[s
         normalization = {"mode": modes, "clip": True, "convention": "spatialvla"}
         normalizer = ActionNormalizer(column.statistics.summary(), **normalization)
         try:
-            tokenizer = _fit(name, scan, normalizer)
+            tokenizer = _fit(name, scan, normalizer, end_effector)
         except ValueError as error:
             refused[name] = str(error)
         else:
@@ -50,17 +54,17 @@ def fit_tokenizers(scan: DatasetScan) -> tuple[dict[str, dict[str, Any]], dict[s
     return fitted, refused
 
 
-def _fit(name: str, scan: DatasetScan, normalizer: ActionNormalizer) -> ActionTokenizer:
+def _fit(name: str, scan: DatasetScan, normalizer: ActionNormalizer, end_effector: bool) -> ActionTokenizer:
     """Return the tokenizer; a ValueError says why there can be none."""
     size = normalizer.action_dim
     if name == UniformTokenizer.type:
         return UniformTokenizer(size)
     if name == GaussianGridTokenizer.type:
+        names = scan.columns[schema.ACTION].names
         if size not in _BINS:
-            raise ValueError(
-                "the grid bins 7 numbers (translation, rotation, gripper) or 4 (translation, gripper); these actions "
-                f"have {size}"
-            )
+            raise ValueError(f"{_LAYOUT}; these actions have {size}")
+        if not end_effector and not _named_like_end_effector(names):
+            raise ValueError(f"{_LAYOUT}; if {list(names)} are these, in this order, say so (--end-effector)")
         sample = normalizer.normalize(scan.columns[schema.ACTION].sample.entries())
         return GaussianGridTokenizer.fit(sample, _BINS[size])
     if name == FastTokenizer.type:
@@ -69,3 +73,10 @@ def _fit(name: str, scan: DatasetScan, normalizer: ActionNormalizer) -> ActionTo
             raise ValueError(f"it is fitted to {length} consecutive actions, and no episode has as many")
         return FastTokenizer.fit(np.ascontiguousarray(normalizer.normalize(windows)), FAST_IDS)
     raise ValueError("nobody wrote down how it is fitted to rows")
+
+
+def _named_like_end_effector(names: Sequence[str]) -> bool:
+    """Whether the first three are called x, y, z (dx, delta_x, x.vel, pos_x...) and the last one alone a gripper."""
+    axes = [re.findall(r"(?<![a-z])(?:d|delta)?([xyz])(?![a-z])", name.lower()) for name in names[:3]]
+    is_gripper = ["grip" in name.lower() for name in names]
+    return axes == [["x"], ["y"], ["z"]] and is_gripper == [False] * (len(names) - 1) + [True]

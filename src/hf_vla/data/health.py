@@ -144,7 +144,8 @@ def _check_totals(root: Path, known: list[schema.Episode], findings: Findings) -
 
 
 def _check_pictures(dataset: DatasetFiles, info, found, episodes, rate, quick, findings, progress):
-    cameras = [key for key in info.camera_keys if not (quick and dataset.hub_name and _is_video(info, key))]
+    colour = [key for key in info.camera_keys if key not in info.depth_keys]
+    cameras = [key for key in colour if not (quick and dataset.hub_name and _is_video(info, key))]
     videos = [key for key in cameras if _is_video(info, key)]
     dataset.fetch_files({episode.videos[key][0] for episode in episodes for key in videos})
     total = len(cameras) * len(episodes)

@@ -1,4 +1,4 @@
-"""LeRobot datasets, version 2.1 and 3.0, as a torch dataset that equals LeRobot's own output."""
+"""LeRobot datasets, versions 2.0 to 3.0, as a torch dataset that equals LeRobot's own output."""
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +15,7 @@ from hf_vla.data import schema
 from hf_vla.data.cache import FrameCache
 from hf_vla.data.files import DatasetFiles
 from hf_vla.data.pictures import MappedPictures, ParquetPictures, decoded
+from hf_vla.data.roles import own_keys
 from hf_vla.data.rows import Rows, check_finite, check_order, check_texts, place, read_rows, row_counts
 from hf_vla.data.video import VideoFrames, side_by_side
 
@@ -32,7 +33,11 @@ class LeRobotEpisodes(Dataset):
 
     Of a dataset on the Hub only the files of these episodes and cameras are downloaded, all of the commit that the
     revision named when it was opened. With `streaming`, videos and pictures in parquet stay where they are, and items
-    fetch what they need of them by range requests: from the Hub, or from any URL of a folder that fsspec knows.
+    fetch what they need of them by range requests: from the Hub, or from the URL of a folder that fsspec can list and
+    read by ranges, such as `s3://`; an HTTP server has to offer both.
+
+    Pictures in parquet cannot be read at random: opening a dataset on this machine copies those of its cameras to the
+    cache of `datasets` (`HF_DATASETS_CACHE`), as many bytes again, once for every choice of cameras.
 
     In memory are the columns without pictures, 4 or 8 bytes for every number of a row: 100 for a robot with seven
     dimensions of state and action, so 10 GB for 100 million rows, and up to 25 GB for the minutes that opening them
@@ -42,13 +47,16 @@ class LeRobotEpisodes(Dataset):
         source (`str` or `Path`): the folder of the dataset, its name on the Hub, or (to stream) its URL.
         delta_timestamps (`dict[str, list[float]]`, *optional*): column -> seconds relative to the row, multiples of
             1 / fps.
+        delta_indices (`dict[str, list[int]]`, *optional*): of further columns, the same in rows.
         episodes (`Iterable[int]`, *optional*): the episodes to read; all of them by default.
-        cameras (`Sequence[str]`, *optional*): the cameras to decode, with or without `observation.images.`; all of
-            them by default.
+        cameras (`Sequence[str]`, *optional*): the cameras to decode, with or without `observation.images.`; all but
+            those of depth by default.
         revision (`str`, *optional*): branch, tag or commit of a dataset on the Hub.
         camera_map (`Mapping[str, str]`, *optional*): role -> the dataset's camera, with or without
             `observation.images.`: it is read under the role's name everywhere, in `cameras` and `delta_timestamps`
             too. Other cameras keep theirs.
+        column_map (`Mapping[str, str]`, *optional*): key -> the dataset's column that is read under it, likewise:
+            `{"action": "actions", "observation.state": "state"}`.
         streaming (`bool`, defaults to `False`): leave the pictures where they are.
         frame_cache ([`FrameCache`], *optional*): keeps decoded frames of videos.
 
@@ -72,21 +80,25 @@ class LeRobotEpisodes(Dataset):
         camera_map: Mapping[str, str] | None = None,
         streaming: bool = False,
         frame_cache: FrameCache | None = None,
+        column_map: Mapping[str, str] | None = None,
+        delta_indices: dict[str, Sequence[int]] | None = None,
     ):
         self._files = DatasetFiles(source, revision, streaming)
         self.name, self.root, self.revision = self._files.name, self._files.root, self._files.revision
         info = schema.read_info(self.root)
-        self._own_keys = self._roles(info, camera_map or {})
-        roles = {own: role for role, own in self._own_keys.items()}
-        self.info = replace(info, features={roles.get(key, key): entry for key, entry in info.features.items()})
+        self._own_keys = own_keys(self.name, info, camera_map or {}, column_map or {})
+        self._roles = {own: role for role, own in self._own_keys.items()}
+        self.info = replace(info, features={self._roles[key]: entry for key, entry in info.features.items()})
         self.tasks = schema.read_tasks(self.root, self.info)
         self.camera_keys = self._select_cameras(cameras)
         self.episodes = self._select_episodes(info, episodes)
         unread = {*self.info.camera_keys, *self.info.language_keys} - {*self.camera_keys}
         self.features = {key: feature for key, feature in self.info.features.items() if key not in unread}
         self._indexed = self._indexed_texts()
-        self._deltas = self._delta_indices(delta_timestamps or {})
+        steps = {key: np.divide(steps, self.fps) for key, steps in (delta_indices or {}).items()}
+        self._deltas = self._delta_indices({**(delta_timestamps or {}), **steps})
         self._rows = self._read_rows(whole=episodes is None)
+        self._encoded = self._open_pictures()
         open_file = self._files.open_video if self._files.remote else None
         cameras = [key for key in self.camera_keys if self.features[key]["dtype"] == "video"]
         self._videos = {key: VideoFrames(open_file=open_file) for key in cameras}  # each of them in one thread
@@ -115,10 +127,12 @@ class LeRobotEpisodes(Dataset):
 
     @cached_property
     def statistics(self) -> dict[str, dict[str, np.ndarray]]:
-        """The dataset's own statistics over all its episodes: key -> {"mean", "std", "min", "max", "count", ...}."""
-        roles = {own: role for role, own in self._own_keys.items()}
+        """The dataset's own statistics: key -> {"mean", "std", "min", "max", "count", ...}.
+
+        They are of all its rows, whichever episodes are read and whatever [`keep`] took out.
+        """
         statistics = schema.read_statistics(self.root, self.info)
-        return {roles.get(key, key): entry for key, entry in statistics.items()}
+        return {self._roles.get(key, key): entry for key, entry in statistics.items()}
 
     def column(self, key: str) -> np.ndarray:
         """Return a column without decoding anything: `(num_frames, *shape)`, read-only."""
@@ -269,32 +283,16 @@ class LeRobotEpisodes(Dataset):
         except (ValueError, OSError) as error:
             raise type(error)(f"{self.name}, {place(self._rows.columns, row)}, {key}: {error}") from error
 
-    @cached_property
-    def _encoded(self) -> MappedPictures | ParquetPictures:
+    def _open_pictures(self) -> MappedPictures | ParquetPictures | None:
         if self._files.remote:
             return ParquetPictures(self._rows, self._files.open_remote)
-        cameras = [key for key in self.camera_keys if self.features[key]["dtype"] == "image"]
-        return MappedPictures(self._rows.files, [self._own_keys[key] for key in cameras])
-
-    def _roles(self, info: schema.DatasetInfo, camera_map: Mapping[str, str]) -> dict[str, str]:
-        """Return the dataset's own key of every camera, by the key it is read under."""
-        known = info.camera_keys
-        own = {key: schema.camera_key(role) for role, key in camera_map.items()}
-        own = {key if key in known else schema.camera_key(key): role for key, role in own.items()}
-        if unknown := sorted(set(own) - set(known)):
-            raise ValueError(f"{self.name}: no camera {unknown} for the roles of camera_map; it has {known}.")
-        roles = {own.get(key, key): key for key in known}
-        if len(own) < len(camera_map) or len(roles) < len(known):
-            raise ValueError(
-                f"{self.name}: expected another role of camera_map for each of its cameras {known}, came "
-                f"{dict(camera_map)}; a role may not be the name of a camera that keeps its own."
-            )
-        return roles
+        cameras = [self._own_keys[key] for key in self.camera_keys if self.features[key]["dtype"] == "image"]
+        return MappedPictures(self._rows.files, cameras) if cameras else None
 
     def _select_cameras(self, cameras: Sequence[str] | None) -> list[str]:
         known = self.info.camera_keys
         if cameras is None:
-            return known
+            return [key for key in known if key not in self.info.depth_keys]
         if isinstance(cameras, str):
             raise ValueError(f"cameras should be a list of names, came the text {cameras!r}; write [{cameras!r}].")
         wanted = {camera if camera in known else schema.camera_key(camera) for camera in cameras}
@@ -305,8 +303,9 @@ class LeRobotEpisodes(Dataset):
     def _select_episodes(self, info: schema.DatasetInfo, episodes: Iterable[int] | None) -> list[schema.Episode]:
         known = schema.read_episodes(self.root, info)
         if any(role != own for role, own in self._own_keys.items()):
-            roles = {own: role for role, own in self._own_keys.items()}
-            known = [replace(e, videos={roles[key]: video for key, video in e.videos.items()}) for e in known]
+            known = [replace(e, videos={self._roles[key]: video for key, video in e.videos.items()}) for e in known]
+        if not known:
+            raise ValueError(f"{self.name}: expected one episode or more in the table of episodes, came none.")
         if episodes is None:
             return known
         wanted = {as_index(number) for number in episodes}
@@ -338,7 +337,7 @@ class LeRobotEpisodes(Dataset):
 
     def _read_rows(self, whole: bool) -> Rows:
         """Read these episodes' rows, of the files that the table of episodes names if they are there."""
-        features = {key: feature for key, feature in self.features.items() if key not in self.camera_keys}
+        features = {self._own_keys[key]: entry for key, entry in self.features.items() if key not in self.camera_keys}
         has_images = any(feature["dtype"] == "image" for feature in self.info.features.values())
         here = not self._files.remote or not has_images  # files without pictures are fetched whole
         rows, pattern = None, schema.data_pattern(self.info)
@@ -356,6 +355,7 @@ class LeRobotEpisodes(Dataset):
             if not (files := self._files.glob(pattern)):
                 raise FileNotFoundError(f"{self.root / pattern}: no such file; the dataset is incomplete.")
             rows = read_rows(files, features, self.episodes, self._open_file)
+        rows = replace(rows, columns={self._roles[key]: column for key, column in rows.columns.items()})
         self._check(rows.columns)
         return rows
 

@@ -168,10 +168,6 @@ class OxeDataset:
         """What `standardize` returns as state; None where the dataset has none."""
         return self._state(EULER)
 
-    def camera_map(self) -> dict[str, str]:
-        """Role -> column of the camera in the LeRobot conversion."""
-        return {role: schema.camera_key(camera) for role, camera in self.cameras.items()}
-
     def _action(self, names, kind, rotation) -> ActionSpec:
         return ActionSpec((*names, "gripper"), kind, rotation, self.frame, self.fps, self.gripper)
 

@@ -30,8 +30,16 @@ class RemoteFolder:
 
     def glob(self, pattern: str) -> list[str]:
         """Return the paths in the folder that fit a pattern."""
+        return self._within(self.file_system.glob, pattern)
+
+    def files(self, folder: str) -> list[str]:
+        """Return the paths of all files in a folder of the folder."""
+        return self._within(self.file_system.find, folder)
+
+    def _within(self, search, path: str) -> list[str]:
+        self._check_process()
         with named(self.name):
-            names = self.file_system.glob(f"{self.base}/{pattern}")
+            names = search(f"{self.base}/{path}")
         return [name.removeprefix(self.base).lstrip("/") for name in names]
 
     def open(self, path: str, in_blocks: bool = False) -> "RemoteFile":
@@ -89,6 +97,9 @@ class RemoteFolder:
 
     def _check_process(self):
         if self._process != os.getpid():  # files and locks are shared with the process that this one was forked from
+            own, options = type(self.file_system), self.file_system.storage_options
+            # and the thread that fetches, of file systems that have one, was not forked along
+            self.file_system = own(*self.file_system.storage_args, **options, skip_instance_cache=True)
             self._forget()
 
     def _forget(self):

@@ -1,6 +1,5 @@
 """RLDS datasets (TensorFlow Datasets of episodes) as numpy arrays; TensorFlow stays inside this file."""
 
-import io
 import os
 from collections.abc import Iterator
 from functools import cached_property
@@ -8,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from hf_vla.data import schema
 from hf_vla.data.oxe_steps import OxeDataset, standardize
+from hf_vla.data.pictures import decoded
 
 STEPS, OBSERVATION = "steps", "observation/"
 # TensorFlow writes to the terminal when it is imported, unless told so by these
@@ -28,8 +27,8 @@ class RldsEpisodes:
     left out.
 
     Pictures are decoded only where `images` is set, `(steps, height, width, 3)` uint8; else they stay as they are
-    encoded, bytes in an array of objects, to be read by `decode_picture`. Depth always stays encoded. One episode is
-    in memory at a time.
+    encoded, bytes in an array of objects, to be read by [`~hf_vla.data.pictures.decoded`]. Depth always stays encoded.
+    One episode is in memory at a time.
 
     Args:
         folder (`str` or `Path`): the folder with `dataset_info.json`, or the one above, if it holds one version.
@@ -137,30 +136,12 @@ class RldsEpisodes:
         for camera in self.cameras:
             if prefix + camera in episode:
                 bgr = self.dataset is not None and camera in self.dataset.bgr
-                pictures = [decode_picture(picture, bgr) for picture in episode[prefix + camera]]
+                pictures = [decoded(picture, bgr) for picture in episode[prefix + camera]]
                 episode[prefix + camera] = np.stack(pictures)
         return episode
 
     def _is_image(self, feature) -> bool:
         return isinstance(feature, self._tfds.features.Image)
-
-
-def decode_picture(encoded: bytes, bgr: bool = False) -> np.ndarray:
-    """Decode a picture: `(height, width, 3)` uint8.
-
-    Args:
-        encoded (`bytes`): JPEG or PNG.
-        bgr (`bool`): its colours are stored as blue, green, red.
-
-    Raises:
-        ValueError: it cannot be decoded.
-    """
-    try:
-        with Image.open(io.BytesIO(encoded)) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError and more
-        raise ValueError(f"a picture cannot be decoded: {error}") from error
-    return pixels[..., ::-1] if bgr else pixels
 
 
 def _versioned(folder: Path) -> Path:

@@ -10,8 +10,9 @@ from typing import Any
 from hf_vla.data import schema
 from hf_vla.data.oxe import DATASETS, oxe_dataset
 from hf_vla.data.oxe_steps import OxeDataset, standardize, text
+from hf_vla.data.pictures import decoded
 from hf_vla.data.recorder import LeRobotRecorder
-from hf_vla.data.rlds import OBSERVATION, RldsEpisodes, decode_picture
+from hf_vla.data.rlds import OBSERVATION, RldsEpisodes
 
 JOURNAL = "meta/rlds.jsonl"
 RAW, FAILURE = "raw", "it is marked as a failure"
@@ -107,7 +108,7 @@ def _frames(episode: dict, entry: OxeDataset | None, cameras: Sequence[str], fea
         frame = {key: steps[key][step] for key in (schema.ACTION, schema.STATE) if key in features}
         for camera in cameras:
             encoded = episode[OBSERVATION + camera][first + step]
-            frame[schema.camera_key(camera)] = decode_picture(encoded, entry is not None and camera in entry.bgr)
+            frame[schema.camera_key(camera)] = decoded(encoded, entry is not None and camera in entry.bgr)
         yield frame | {schema.TASK: steps[schema.TASK]}
 
 
@@ -142,7 +143,7 @@ def _features(episodes: RldsEpisodes, entry: OxeDataset | None, cameras: Sequenc
         shape = own[OBSERVATION + camera]["shape"]
         if None in shape:  # known from the pictures alone
             _, episode = next(episodes.read())
-            shape = decode_picture(episode[OBSERVATION + camera][0]).shape
+            shape = decoded(episode[OBSERVATION + camera][0]).shape
         features[schema.camera_key(camera)] = {"dtype": dtype, "shape": [*shape], "names": ["height", "width", "rgb"]}
     if entry is not None:
         names = {schema.ACTION: entry.rlds_action.names}

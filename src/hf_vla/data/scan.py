@@ -1,9 +1,10 @@
 """One pass over the numbers of a LeRobot dataset: statistics and samples in bounded memory, no video decoded."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import index as as_index
 from pathlib import Path
+from typing import BinaryIO
 from zlib import crc32
 
 import numpy as np
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 
 from hf_vla.actions.statistics import ActionStatistics
 from hf_vla.data import schema
-from hf_vla.data.files import local_folder
+from hf_vla.data.files import DatasetFiles
 from hf_vla.data.reservoir import Reservoir
 
 COLUMNS = (schema.ACTION, schema.STATE)
@@ -36,6 +37,8 @@ class ScanPlan:
         lengths (`np.ndarray` of shape `(highest episode + 1,)`): rows of every episode; -1 for one that is not there.
         wanted (`np.ndarray`): of the same shape, which episodes are read.
         chunk_size (`int`): actions of a window.
+        open_file (`Callable[[Path], BinaryIO | None]`, *optional*): opens files that are elsewhere; None for one that
+            is in the folder.
     """
 
     name: str
@@ -45,6 +48,7 @@ class ScanPlan:
     lengths: np.ndarray
     wanted: np.ndarray
     chunk_size: int
+    open_file: Callable[[Path], BinaryIO | None] | None = None
 
     @property
     def rows(self) -> int:
@@ -139,7 +143,8 @@ class DatasetScan:
         generator = np.random.default_rng(crc32(f"{self.name}/{path.relative_to(self.plan.root)}".encode()))
         tail = None
         try:
-            with pq.ParquetFile(path) as file:
+            elsewhere = self.plan.open_file and self.plan.open_file(path)
+            with pq.ParquetFile(elsewhere or path, pre_buffer=elsewhere is not None) as file:
                 keys = [*dict.fromkeys((_EPISODE, _FRAME, *self.columns))]
                 if missing := sorted(set(keys) - set(file.schema_arrow.names)):
                     raise ValueError(f"expected the columns {missing}, the file has {file.schema_arrow.names}")
@@ -236,7 +241,10 @@ def plan_scan(
     revision: str | None = None,
     chunk_size: int = 16,
 ) -> ScanPlan:
-    """Look up what of a dataset is to be read; of one on the Hub, no video is downloaded.
+    """Look up what of a dataset is to be read.
+
+    Of one on the Hub, the files of its rows are downloaded, but no video. Where they hold pictures, only the columns
+    are fetched from them, by range requests, when they are read.
 
     Args:
         source (`str` or `Path`): the folder of the dataset, or its name on the Hub.
@@ -249,8 +257,12 @@ def plan_scan(
         FileNotFoundError: a file of the dataset is missing.
         ValueError: an unknown column or episode, or a column that is no row of numbers.
     """
-    root = local_folder(source, revision, "data/*")
-    info = schema.read_info(root)
+    dataset = DatasetFiles(source, revision)
+    root, info = dataset.root, schema.read_info(dataset.root)
+    if any(feature["dtype"] == "image" for feature in info.features.values()):
+        dataset = DatasetFiles(source, dataset.revision, streaming=True)
+    else:
+        dataset.fetch(schema.data_pattern(info))
     if columns is None:
         columns = [key for key in COLUMNS if key in info.features]
     names = {key: _column_names(source, key, info) for key in dict.fromkeys(columns)}
@@ -269,8 +281,10 @@ def plan_scan(
                 f"{unknown or 'none'}."
             )
         wanted = np.isin(np.arange(len(lengths)), [*chosen])
-    files = tuple(schema.data_files(root, info))
-    return ScanPlan(str(source), root, files, names, lengths, wanted, chunk_size)
+    if not (files := tuple(dataset.glob(schema.data_pattern(info)))):
+        raise FileNotFoundError(f"{root / schema.data_pattern(info)}: no such file; the dataset is incomplete.")
+    open_file = dataset.open_remote if dataset.remote else None
+    return ScanPlan(str(source), root, files, names, lengths, wanted, chunk_size, open_file)
 
 
 def merged_plan(plans: Sequence[ScanPlan], name: str = "merged") -> ScanPlan:

@@ -5,6 +5,7 @@ Source: https://huggingface.co/docs/lerobot/lerobot-dataset-v3
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -49,8 +50,15 @@ class DatasetInfo:
 
     @property
     def camera_keys(self) -> list[str]:
-        """Columns that hold pictures, as video or as images."""
+        """Columns that hold pictures, as video or as images, depth among them."""
         return [key for key, feature in self.features.items() if feature["dtype"] in ("video", "image")]
+
+    @property
+    def depth_keys(self) -> list[str]:
+        """Those of them that are marked as depth."""
+        places, marks = ("info", "video_info"), ("video.is_depth_map", "is_depth_map")  # of LeRobot's releases
+        details = {key: [self.features[key].get(place) or {} for place in places] for key in self.camera_keys}
+        return [key for key, each in details.items() if any(detail.get(mark) for detail in each for mark in marks)]
 
     @property
     def language_keys(self) -> list[str]:
@@ -72,8 +80,11 @@ class Episode:
 
 
 def camera_key(name: str) -> str:
-    """Return a camera's column name: `wrist` and `observation.images.wrist` are the same camera."""
-    return name if name.startswith(IMAGES) else IMAGES + name
+    """Return a camera's column name: `wrist` and `observation.images.wrist` are the same camera.
+
+    A name such as `observation.image`, which datasets of one camera have, is a column's already.
+    """
+    return name if name.startswith("observation.") else IMAGES + name
 
 
 def read_info(root: Path) -> DatasetInfo:
@@ -81,9 +92,9 @@ def read_info(root: Path) -> DatasetInfo:
 
     Raises:
         FileNotFoundError: the folder holds no LeRobot dataset.
-        ValueError: another format version, or an entry is missing.
+        ValueError: another format version, or an entry is missing or of another form.
     """
-    info = _read_json(root, "meta/info.json")
+    path, info = root / "meta/info.json", _read_json(root, "meta/info.json")
     version = info.get("codebase_version")
     if version not in VERSIONS:
         raise ValueError(
@@ -92,18 +103,31 @@ def read_info(root: Path) -> DatasetInfo:
         )
     known = [field.name for field in fields(DatasetInfo)]
     missing = [name for name in ("fps", "features", "data_path") if not info.get(name)]
-    videos = [key for key, feature in info.get("features", {}).items() if feature["dtype"] == "video"]
-    if videos and not info.get("video_path"):
+    features = info.get("features") or {}
+    for key, feature in features.items():
+        if not isinstance(feature, dict) or not {"dtype", "shape"} <= {*feature}:
+            raise ValueError(f"{path}: expected a dtype and a shape of the feature {key!r}, came {feature!r}.")
+    if any(feature["dtype"] == "video" for feature in features.values()) and not info.get("video_path"):
         missing.append("video_path")
     if missing:
-        raise ValueError(f"{root / 'meta/info.json'}: {missing} missing; the dataset was not written completely.")
+        raise ValueError(f"{path}: {missing} missing; the dataset was not written completely.")
+    places = ("episode_chunk", "episode_index") if version in BY_EPISODE else ("chunk_index", "file_index")
+    for name in ("data_path", "video_path"):
+        try:
+            (info.get(name) or "").format(video_key="", **dict.fromkeys(places, 0))
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"{path}: expected {name} to be a template of {' and '.join(places)}, as {version} has it, came "
+                f"{info[name]!r}."
+            ) from error
     return DatasetInfo(**{name: info[name] for name in known if name in info})
 
 
 def read_tasks(root: Path, info: DatasetInfo) -> dict[int, str]:
     """Read the instructions: `task_index` -> text, which may be empty."""
     if info.codebase_version in BY_EPISODE:
-        return {row["task_index"]: row["task"] for row in _read_jsonl(root, "meta/tasks.jsonl")}
+        rows = _read_jsonl(root, "meta/tasks.jsonl", ("task_index", "task"))
+        return {row["task_index"]: row["task"] for row in rows}
     return _read_texts(_existing(root, "meta/tasks.parquet"), TASK)
 
 
@@ -127,7 +151,7 @@ def read_annotations(root: Path) -> dict[str, str]:
         modality = _read_json(root, "meta/modality.json")
     except (FileNotFoundError, ValueError):
         return {}
-    annotations = modality.get("annotation") if isinstance(modality, dict) else None
+    annotations = modality.get("annotation")
     columns = {}
     for name, entry in annotations.items() if isinstance(annotations, dict) else ():
         column = entry.get("original_key") if isinstance(entry, dict) else None
@@ -140,7 +164,7 @@ def read_episodes(root: Path, info: DatasetInfo) -> list[Episode]:
     videos = [key for key in info.camera_keys if info.features[key]["dtype"] == "video"]
     episodes = []
     if info.codebase_version in BY_EPISODE:
-        for row in _read_jsonl(root, "meta/episodes.jsonl"):
+        for row in _read_jsonl(root, "meta/episodes.jsonl", ("episode_index", "length")):
             index = row["episode_index"]
             place = {"episode_chunk": index // info.chunks_size, "episode_index": index}
             files = {key: (root / info.video_path.format(video_key=key, **place), 0.0) for key in videos}
@@ -165,7 +189,7 @@ def read_lengths(root: Path, info: DatasetInfo) -> tuple[np.ndarray, np.ndarray]
     """Read every episode's number and how many rows it has, of a million episodes in a second."""
     columns = ["episode_index", "length"]
     if info.codebase_version in BY_EPISODE:
-        rows = [[row[name] for name in columns] for row in _read_jsonl(root, "meta/episodes.jsonl")]
+        rows = [[row[name] for name in columns] for row in _read_jsonl(root, "meta/episodes.jsonl", columns)]
         return tuple(np.array(rows, np.int64).reshape(-1, 2).T)
     table = _read_parquets(root, "meta/episodes/*/*.parquet", columns)
     return tuple(table[name].to_numpy().astype(np.int64) for name in columns)
@@ -255,25 +279,32 @@ def flat_names(names) -> list:
 def read_statistics(root: Path, info: DatasetInfo) -> dict[str, dict[str, np.ndarray]]:
     """Read the dataset's own statistics: column -> {"mean", "std", "min", "max", "count", ...}."""
     if info.codebase_version == "v2.1":
-        return merge_statistics([row["stats"] for row in _read_jsonl(root, "meta/episodes_stats.jsonl")])
+        name = "meta/episodes_stats.jsonl"
+        try:
+            return merge_statistics([row["stats"] for row in _read_jsonl(root, name, ["stats"])])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{root / name}: expected mean, std, count, min and max of every column ({error!r})."
+            ) from error
     stats = _read_json(root, "meta/stats.json")
     return {key: {name: np.asarray(value) for name, value in entry.items()} for key, entry in stats.items()}
 
 
 def merge_statistics(parts: list[dict[str, dict]]) -> dict[str, dict[str, np.ndarray]]:
-    """Merge the statistics of disjoint sets of rows, exactly.
+    """Merge the statistics of disjoint sets of rows, exactly; of each column those of the sets that have it.
 
     The variance of the whole is the mean of the variances plus the variance of the means, each weighted by its rows.
     """
     merged = {}
-    for key in parts[0]:
-        stacked = {name: np.stack([np.asarray(part[key][name]) for part in parts]) for name in parts[0][key]}
-        mean, std, count = stacked["mean"], stacked["std"], stacked["count"]
+    for key in dict.fromkeys(key for part in parts for key in part):
+        entries = [part[key] for part in parts if key in part]
+        names = ("mean", "std", "count", "min", "max")
+        mean, std, count, low, high = (np.stack([np.asarray(entry[name]) for entry in entries]) for name in names)
         weight = count.reshape(-1, *[1] * (mean.ndim - 1)) / count.sum()
         total = (weight * mean).sum(0)
         merged[key] = {
-            "min": stacked["min"].min(0),
-            "max": stacked["max"].max(0),
+            "min": low.min(0),
+            "max": high.max(0),
             "mean": total,
             "std": np.sqrt((weight * (std**2 + (mean - total) ** 2)).sum(0)),
             "count": count.sum(0),
@@ -319,12 +350,25 @@ def _glob(root: Path, pattern: str) -> list[Path]:
 
 
 def _read_json(root: Path, name: str) -> dict:
-    return json.loads(_existing(root, name).read_text(encoding="utf-8"))
+    path = _existing(root, name)
+    return _parsed(path.read_bytes(), path)
 
 
-def _read_jsonl(root: Path, name: str) -> list[dict]:
-    lines = _existing(root, name).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+def _read_jsonl(root: Path, name: str, keys: Iterable[str]) -> list[dict]:
+    """Read a table, a line for each row, of which every one has these keys."""
+    path = _existing(root, name)
+    with path.open("rb") as lines:  # lines of text would end at U+2028 too, which may stand within a JSON text
+        return [_parsed(line, f"{path}, line {n}", keys) for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parsed(content: bytes, where: str | Path, keys: Iterable[str] = ()) -> dict:
+    try:
+        entries = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{where}: cannot be read as JSON ({error}); is the file complete?") from error
+    if not isinstance(entries, dict) or not {*keys} <= {*entries}:
+        raise ValueError(f"{where}: expected an object with {', '.join(keys) or 'entries'}, came {entries!r:.200}.")
+    return entries
 
 
 def _read_parquets(root: Path, pattern: str, columns: list[str]):

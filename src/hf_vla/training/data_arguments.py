@@ -70,6 +70,8 @@ class DatasetArguments:
         unnorm_key (`str`, *optional*): the dataset's name in the checkpoint; the last part of `source` by default.
         episodes (`list[int]`, *optional*): the episodes to read, held-out ones included; all of them by default.
         eval_episodes (`list[int]`): episodes kept from training, for evaluation.
+        columns (`dict[str, str]`, *optional*): the dataset's own names of `action` and `observation.state`, where they
+            are others: `{action: actions, observation.state: state}`.
         weight (`float`): above 0; of several datasets, what this one's share is multiplied by, see `data.balance`.
     """
 
@@ -81,6 +83,7 @@ class DatasetArguments:
     unnorm_key: str | None = None
     episodes: list[int] | None = None
     eval_episodes: list[int] = field(default_factory=list)
+    columns: dict[str, str] | None = None
     weight: float = 1.0
 
     def __post_init__(self):
@@ -123,7 +126,7 @@ class DataArguments:
     """What to learn from: one dataset, several, or a named mixture of Open X-Embodiment.
 
     Args:
-        source, cameras, action, state, revision, unnorm_key, episodes, eval_episodes (one dataset): see
+        source, cameras, action, state, revision, unnorm_key, episodes, eval_episodes, columns (one dataset): see
             [`DatasetArguments`].
         datasets (`list[DatasetArguments]`): several datasets instead.
         mixture (`str`, *optional*): a mixture of Open X-Embodiment instead, see [`~hf_vla.data.oxe.MIXTURES`].
@@ -163,6 +166,7 @@ class DataArguments:
     unnorm_key: str | None = None
     episodes: list[int] | None = None
     eval_episodes: list[int] = field(default_factory=list)
+    columns: dict[str, str] | None = None
     datasets: list[DatasetArguments] = field(default_factory=list)
     mixture: str | None = None
     mixture_without: list[str] = field(default_factory=list)

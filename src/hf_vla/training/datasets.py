@@ -10,8 +10,7 @@ from torch.utils.data import Subset
 
 from hf_vla.data import schema
 from hf_vla.data.cache import FrameCache
-from hf_vla.data.files import DatasetFiles
-from hf_vla.data.filters import Filtered, find_flaws, reaching
+from hf_vla.data.filters import DropReport, chunks_with, find_dropped
 from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.data.mixture import Mixture
 from hf_vla.training.data_arguments import DataArguments, DatasetArguments
@@ -26,16 +25,20 @@ class OpenDataset:
     Args:
         arguments (`DatasetArguments`): what the recipe says of it.
         episodes ([`~hf_vla.data.lerobot.LeRobotEpisodes`]): its rows, with windows of actions and observations.
-        train_rows (`np.ndarray` of shape `(n,)`): those to train on.
+        train_rows (`np.ndarray` of shape `(n,)`): those to train on, at which a chunk may start.
+        action_rows (`np.ndarray` of shape `(k,)`): those whose actions are to be learnt, at any place of a chunk, and
+            of which the statistics are: kept, not held out and not excluded. Near an excluded row there are more of
+            them than of `train_rows`, since chunks start before it that would hold it.
         eval_rows (`np.ndarray` of shape `(m,)`): those of the held-out episodes.
-        flaws ([`~hf_vla.data.filters.Filtered`], *optional*): what the recipe's filters found.
+        drop_report ([`~hf_vla.data.filters.DropReport`], *optional*): what the recipe's filters left out.
     """
 
     arguments: DatasetArguments
     episodes: LeRobotEpisodes
     train_rows: np.ndarray
+    action_rows: np.ndarray
     eval_rows: np.ndarray
-    flaws: Filtered | None = None
+    drop_report: DropReport | None = None
 
     @property
     def learnt_starts(self) -> np.ndarray:
@@ -61,9 +64,7 @@ def join(data: DataArguments, datasets: list[OpenDataset]) -> tuple[Mixture, Mix
         missing[dataset.arguments.unnorm_key] = [schema.camera_key(role) for role in data.roles if role not in own]
     train = {each.arguments.unnorm_key: Subset(each.episodes, each.train_rows) for each in datasets}
     held_out = {
-        each.arguments.unnorm_key: Subset(each.episodes, each.eval_rows)
-        for each in datasets
-        if len(each.eval_rows)
+        each.arguments.unnorm_key: Subset(each.episodes, each.eval_rows) for each in datasets if len(each.eval_rows)
     }
     weights = {each.arguments.unnorm_key: each.arguments.weight for each in datasets}
     return Mixture(train, weights, data.balance, missing), Mixture(held_out, missing=missing) if held_out else None
@@ -71,30 +72,29 @@ def join(data: DataArguments, datasets: list[OpenDataset]) -> tuple[Mixture, Mix
 
 def write_report(datasets: list[OpenDataset], folder: str | Path) -> None:
     """Write what filters left out, and why, to `data_report.json`; nothing where there were none."""
-    flaws = [dataset.flaws for dataset in datasets if dataset.flaws is not None]
-    for line in (line for each in flaws for line in each.lines()):
+    reports = [dataset.drop_report for dataset in datasets if dataset.drop_report is not None]
+    for line in (line for each in reports for line in each.lines()):
         logger.info("Left out of the training: %s", line)
-    if flaws:
+    if reports:
         path = Path(folder, "data_report.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([each.report() for each in flaws], indent=2), encoding="utf-8")
+        path.write_text(json.dumps([each.to_dict() for each in reports], indent=2), encoding="utf-8")
 
 
 def _open(data: DataArguments, arguments: DatasetArguments, cache: FrameCache | None) -> OpenDataset:
     names = [camera.name for camera in arguments.cameras]
-    files = DatasetFiles(arguments.source, arguments.revision, data.streaming)
-    fps = schema.read_info(files.root).fps
-    windows = {schema.ACTION: [step / fps for step in range(data.chunk_size)]}
+    windows = {schema.ACTION: range(data.chunk_size)}
     if data.n_obs_steps > 1:
         seen = [schema.camera_key(name) for name in names] + [schema.STATE] * (arguments.state is not None)
-        windows |= dict.fromkeys(seen, [step / fps for step in range(1 - data.n_obs_steps, 1)])
+        windows |= dict.fromkeys(seen, range(1 - data.n_obs_steps, 1))
     dataset = LeRobotEpisodes(
         arguments.source,
-        windows,
-        arguments.episodes,
-        names,
-        files.revision,
+        episodes=arguments.episodes,
+        cameras=names,
+        revision=arguments.revision,
         camera_map={camera.name: camera.source or camera.name for camera in arguments.cameras},
+        column_map=arguments.columns,
+        delta_indices=windows,
         streaming=data.streaming,
         frame_cache=cache,
     )
@@ -107,13 +107,16 @@ def _open(data: DataArguments, arguments: DatasetArguments, cache: FrameCache | 
         )
     held_out = np.isin(dataset.column("episode_index"), arguments.eval_episodes)
     if data.filters is None:
-        return OpenDataset(arguments, dataset, np.flatnonzero(~held_out), np.flatnonzero(held_out))
+        train_rows = np.flatnonzero(~held_out)
+        return OpenDataset(arguments, dataset, train_rows, train_rows, np.flatnonzero(held_out))
     action = arguments.action
     gripper = None if action.gripper is None else action.gripper.index
-    flaws = find_flaws(dataset, action.kind, gripper, ~held_out, **asdict(data.filters))
-    kept = ~flaws.taken_out
-    dataset, held_out, spoilt = dataset.keep(kept), held_out[kept], flaws.spoilt[kept]
-    learnt = ~held_out & ~reaching(spoilt, dataset.episode_starts, data.chunk_size)
-    if not learnt.any():
-        raise ValueError(f"The filters leave nothing of {dataset.name} to train on: {' '.join(flaws.lines())}")
-    return OpenDataset(arguments, dataset, np.flatnonzero(learnt), np.flatnonzero(held_out), flaws)
+    report = find_dropped(dataset, action.kind, gripper, arguments.eval_episodes, **asdict(data.filters))
+    kept, excluded = ~report.removed, report.excluded | report.removed
+    if kept.any():
+        dataset, held_out, excluded = dataset.keep(kept), held_out[kept], excluded[kept]
+    starts = ~held_out & ~chunks_with(excluded, dataset.episode_starts, data.chunk_size)
+    if not starts.any():
+        raise ValueError(f"The filters leave nothing of {dataset.name} to train on: {' '.join(report.lines())}")
+    rows = [np.flatnonzero(mask) for mask in (starts, ~held_out & ~excluded, held_out)]
+    return OpenDataset(arguments, dataset, *rows, report)

@@ -21,7 +21,7 @@ class DatasetFacts:
     Args:
         statistics (`dict`): its entry there, "action", "num_trajectories" and "num_transitions", and "state" where
             the recipe uses it.
-        actions (`np.ndarray` of shape `(num_frames, action_dim)`): of the training episodes, robot units.
+        actions (`np.ndarray` of shape `(num_transitions, action_dim)`): those to be learnt, robot units.
         action_spec (`ActionSpec`): what they mean.
         state_spec (`StateSpec`, *optional*): what the state means; None where the model shall see none.
         cameras (`list[CameraSpec]`): in the recipe's order; also those that other datasets alone have.
@@ -100,7 +100,7 @@ class DataFacts:
 
 
 def data_facts(data: DataArguments, datasets: list[OpenDataset]) -> DataFacts:
-    """Collect the facts; statistics are those of the training rows.
+    """Collect the facts; statistics are those of the actions to be learnt, and of the states beside them.
 
     Raises:
         ValueError: the recipe's words do not fit the datasets.
@@ -130,7 +130,7 @@ def _texts(dataset: OpenDataset, column: str) -> np.ndarray:
 
 
 def _dataset_facts(opened: OpenDataset) -> DatasetFacts:
-    data, dataset, rows = opened.arguments, opened.episodes, opened.train_rows
+    data, dataset, rows = opened.arguments, opened.episodes, opened.action_rows
     actions = dataset.column(schema.ACTION)[rows]
     entry = {
         "action": _statistics(actions),
