@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import DatasetCard
 
-from hf_vla.data import recorder
+from hf_vla.data import staging
 from hf_vla.data.encoding import VideoOptions
 from hf_vla.data.features import COUNTED
 from hf_vla.data.lerobot import LeRobotEpisodes
@@ -188,7 +188,7 @@ def test_full_files_and_folders_are_followed_by_others(tmp_path):
 
 
 def test_a_video_ends_before_float32_misses_its_frames(tmp_path, monkeypatch):
-    monkeypatch.setattr(recorder, "LONGEST_VIDEO_S", 20.5 / FPS)
+    monkeypatch.setattr(staging, "LONGEST_VIDEO_S", 20.5 / FPS)
     check(record(tmp_path / "dataset", (8, 8, 8)), (8, 8, 8))
     table = pq.read_table(tmp_path / "dataset/meta/episodes/chunk-000/file-000.parquet")
     assert table["videos/observation.images.front/file_index"].to_pylist() == [0, 0, 1]
@@ -200,7 +200,7 @@ def test_episodes_may_end_where_rows_are_written_aside(tmp_path):
 
 
 def test_the_table_of_episodes_is_divided(tmp_path, monkeypatch):
-    monkeypatch.setattr(recorder, "EPISODES_PER_TABLE", 2)
+    monkeypatch.setattr(staging, "EPISODES_PER_TABLE", 2)
     check(record(tmp_path / "dataset", (2, 3, 4)), (2, 3, 4))
     assert "meta/episodes/chunk-000/file-001.parquet" in files(tmp_path / "dataset")
 
@@ -291,7 +291,13 @@ BAD = {
     "float for bool": ({"done": 0.5}, "'done' of dtype bool, came float64"),
     "nan": ({"action": np.full(7, np.nan)}, "finite numbers of dtype float32 in 'action', came nan at [0]"),
     "too large": ({"action": np.full(7, 1e39)}, "in 'action', came 1e+39 at [0]"),
-    "picture's shape": ({FRONT: np.zeros((3, 64, 64), np.uint8)}, "(64, 64, 3), came (3, 64, 64)"),
+    "channels first": (
+        {FRONT: np.zeros((3, 64, 64), np.uint8)},
+        "(64, 64, 3), came (3, 64, 64); put its channels last: np.moveaxis(picture, 0, -1)",
+    ),
+    "grey": ({FRONT: np.zeros((64, 64), np.uint8)}, "np.repeat(picture.reshape(64, 64, 1), 3, axis=-1)"),
+    "four channels": ({FRONT: np.zeros((64, 64, 4), np.uint8)}, "leave its fourth channel out: picture[..., :3]"),
+    "another size": ({FRONT: np.zeros((32, 64, 3), np.uint8)}, "(64, 64, 3), came (32, 64, 3)."),
     "picture's dtype": ({FRONT: np.zeros((64, 64, 3))}, "dtype uint8, came float64"),
 }
 
@@ -351,7 +357,14 @@ def test_episodes_are_discarded_not_forgotten(tmp_path):
         ({"action": {"dtype": "complex64", "shape": [7]}}, "came 'complex64'"),
         ({"action": {"dtype": "float32", "shape": []}}, r"and \[\]"),
         ({"index": {"dtype": "int32", "shape": [1]}}, "counted by the recorder"),
-        ({"cam": {"dtype": "video", "shape": [3, 64, 64]}}, r"\(height, width, 3\) of pictures, came \[3, 64, 64\]"),
+        (
+            {"cam": {"dtype": "video", "shape": [3, 64, 32]}},
+            r"\(height, width, 3\).*came \[3, 64, 32\]; put its ch",
+        ),
+        (
+            {"cam": {"dtype": "image", "shape": [64, 32, 1]}},
+            r"reshape\(64, 32, 1\), 3, axis=-1\).*Depth.*leave it",
+        ),
     ],
 )
 def test_features_are_checked(tmp_path, feature, message):

@@ -15,14 +15,16 @@ class FolderTransaction:
     """Replaces files of a folder by others that were made aside, in the hidden folder `.recording` inside it.
 
     `commit` has the files written to the disk, writes down what goes where, and then renames one file after the
-    other. Interrupted before the note is there, nothing has changed; after it, the next `FolderTransaction` of the
-    folder finishes the renames. One process at a time can hold a folder; what is left of one that died is removed.
+    other. Interrupted before the note is there, nothing has changed; after it, the renames are decided: whatever is
+    called next, `finish`, `commit` or `close`, begins by finishing them, and so does the next `FolderTransaction` of
+    the folder. One process at a time can hold a folder; what is left of one that died is removed.
 
     Args:
         root (`Path`): the folder; it is made if need be.
 
     Raises:
         BlockingIOError: another process, or another object, holds the folder.
+        OSError: renames that were noted cannot be finished; they stay noted.
     """
 
     def __init__(self, root: Path):
@@ -33,12 +35,16 @@ class FolderTransaction:
             self._lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise BlockingIOError(f"{root}: another recorder has the folder open; finalize it first.") from error
-        self._rename_noted()
-        for path in self.work.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != "lock":
-                path.unlink()
+        try:
+            self.finish()
+            for path in self.work.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != "lock":
+                    path.unlink()
+        except BaseException:
+            self._lock.release()
+            raise
 
     @property
     def is_open(self) -> bool:
@@ -49,8 +55,9 @@ class FolderTransaction:
         """Put files into place: `(file aside, path in the folder)`, in the order of the renames.
 
         Raises:
-            OSError: before the first rename where the disk is full or the like; then nothing has changed.
+            OSError: before the note, where the disk is full or the like; then nothing has changed. Or after it.
         """
+        self.finish()
         for aside, place in files:
             _write_out(aside)
             (self.root / place).parent.mkdir(parents=True, exist_ok=True)
@@ -60,18 +67,17 @@ class FolderTransaction:
         _write_out(note)
         os.replace(note, journal)
         _write_out(self.work)
-        self._rename_noted()
+        self.finish()
 
-    def close(self) -> None:
-        """Remove the hidden folder and let others have the folder."""
-        if self.is_open:
-            shutil.rmtree(self.work)
-            self._lock.release()
+    def finish(self) -> None:
+        """Make the renames that were noted and not made, if there are some.
 
-    def _rename_noted(self):
-        journal = self.work / _JOURNAL
-        if not journal.exists():
+        Raises:
+            OSError: one of them is impossible; it stays noted.
+        """
+        if not is_unfinished(self.root):
             return
+        journal = self.work / _JOURNAL
         places = []
         for aside, place in json.loads(journal.read_text(encoding="utf-8")):
             places.append(self.root / place)
@@ -80,6 +86,25 @@ class FolderTransaction:
         for folder in {place.parent for place in places}:
             _write_out(folder)
         journal.unlink()
+        _write_out(self.work)  # a note that came back with the power would take the next files aside for its own
+
+    def close(self) -> None:
+        """Remove the hidden folder and let others have the folder.
+
+        Raises:
+            OSError: noted renames cannot be finished. The hidden folder stays then; the folder is let go all the same.
+        """
+        if self.is_open:
+            try:
+                self.finish()
+                shutil.rmtree(self.work)
+            finally:
+                self._lock.release()
+
+
+def is_unfinished(root: Path) -> bool:
+    """Whether renames are noted in a folder that were not made."""
+    return (root / WORK / _JOURNAL).exists()
 
 
 def write_json(path: Path, content: dict) -> Path:

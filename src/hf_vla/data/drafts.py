@@ -21,7 +21,7 @@ class EpisodeDraft:
     """Rows and pictures of one episode, written to a folder of its own as they come.
 
     Args:
-        folder (`Path`): the folder; it is made, and removed by `discard`.
+        folder (`Path`): the folder; it is made, in place of what an interrupted draft left, and removed by `discard`.
         features (`dict`): of `check_features`.
         fps (`Fraction`): frames per second.
         episode_index (`int`): the number of the episode.
@@ -52,6 +52,7 @@ class EpisodeDraft:
         self.numbers = {
             key: ActionStatistics() for key, feature in self.columns.items() if feature["dtype"] in NUMERIC
         }
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self._writer = pq.ParquetWriter(self.data, arrow_schema(features))
         self.encoders: dict[str, PictureEncoder] = {}
@@ -100,7 +101,7 @@ class EpisodeDraft:
             self.length += 1
             if len(self._rows) == _ROWS:
                 self._flush()
-        except Exception as error:
+        except BaseException as error:  # KeyboardInterrupt too: one camera may have the frame, another not
             self._error = error
             raise
 
@@ -118,7 +119,7 @@ class EpisodeDraft:
                 self._writer.close()
                 for encoder in self.encoders.values():
                     encoder.close()
-            except Exception as error:
+            except BaseException as error:
                 self._error = error
                 raise
         self._closed = True
@@ -140,7 +141,7 @@ class EpisodeDraft:
     def _require_sound(self):
         if self._error is not None:
             raise ValueError(
-                f"Episode {self.episode_index} could not be written ({self._error}); discard it. The episodes saved "
+                f"Episode {self.episode_index} could not be written ({self._error!r}); discard it. The episodes saved "
                 "before are complete."
             ) from self._error
 

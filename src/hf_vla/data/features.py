@@ -37,7 +37,9 @@ def check_features(features: dict[str, dict]) -> dict[str, dict]:
                 raise ValueError(f"Feature {key!r} is counted by the recorder as {expected}, came {feature}.")
         elif dtype in ("image", "video"):
             if len(shape) != 3 or shape[2] != 3:
-                raise ValueError(f"Feature {key!r}: expected a shape (height, width, 3) of pictures, came {shape}.")
+                raise ValueError(
+                    f"Feature {key!r}: expected a shape (height, width, 3) of pictures, came {shape}{_mend(shape)}."
+                )
         elif dtype == "string":
             if shape != [1]:
                 raise ValueError(f"Feature {key!r}: expected a text of shape (1,), came {shape}.")
@@ -72,11 +74,27 @@ def check_frame(frame: dict, features: dict[str, dict]) -> dict:
     return {key: value if key in texts else _array(key, features[key], value) for key, value in frame.items()}
 
 
+def _mend(shape) -> str:
+    """How a picture of this shape becomes one of (height, width, 3)."""
+    match tuple(shape):
+        case (3, _, _):
+            return "; put its channels last: np.moveaxis(picture, 0, -1)"
+        case (_, _, 4):
+            return "; leave its fourth channel out: picture[..., :3]"
+        case (height, width) | (height, width, 1) | (1, height, width):
+            return (
+                f"; repeat its one channel: np.repeat(picture.reshape({height}, {width}, 1), 3, axis=-1), uint8. "
+                "Depth of more than 8 bits cannot be recorded: leave it out or scale it"
+            )
+    return ""
+
+
 def _array(key, feature, value) -> np.ndarray:
     array, shape, picture = np.asarray(value), tuple(feature["shape"]), feature["dtype"] in ("image", "video")
     dtype = np.dtype("uint8" if picture else feature["dtype"])
     if array.shape != shape and not (shape == (1,) and array.shape == ()):
-        raise ValueError(f"expected {key!r} of shape {shape}, came {array.shape}.")
+        mend = _mend(array.shape) if picture else ""
+        raise ValueError(f"expected {key!r} of shape {shape}, came {array.shape}{mend}.")
     if picture and array.dtype == dtype:
         return array  # its encoder copies it
     # A float64 may become a float32, but a float no whole number, and values in [0, 1] no pixels.

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from hf_vla.data import schema
-from hf_vla.data.commits import WORK
+from hf_vla.data.commits import WORK, is_unfinished
 
 
 def push_dataset(
@@ -27,9 +27,14 @@ def push_dataset(
 
     Returns:
         `str`: the address of the dataset.
+
+    Raises:
+        ValueError: a recorder was interrupted among the files of an episode.
     """
     from huggingface_hub import HfApi
 
+    if is_unfinished(root):
+        raise ValueError(f"{root}: an episode is saved by halves; open the folder with LeRobotRecorder to finish it.")
     version = schema.read_info(root).codebase_version
     api = HfApi()
     url = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
