@@ -54,7 +54,7 @@ def test_errors_are_one_readable_sentence_and_leave_nothing(published, tmp_path)
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
     wrong = {
-        ("openvla", published, tmp_path / "new"): "Error: Expected one of ['divla', 'rlds', 'tinyvla'] to convert, came",
+        ("openvla", published, tmp_path / "new"): "Error: Expected one of ['divla', 'rlds', 'tinyvla']",
         ("tinyvla", tmp_path / "source", tmp_path / "new"): "Error: Expected action_head_type 'droid_diffusion' in",
         ("tinyvla", tmp_path / "lost", tmp_path / "new"): f"Error: {tmp_path}/lost: no such folder",
         ("tinyvla", published, tmp_path / "source"): f"Error: {tmp_path}/source is there already:",

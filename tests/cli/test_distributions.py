@@ -4,7 +4,7 @@ import pytest
 from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer
 from hf_vla.actions.tokenizers.uniform import UniformTokenizer
 from hf_vla.cli.distributions import edges_in_robot_units, plot_column, plot_grid, remarks, statistics_table
-from hf_vla.data.scan import ColumnScan
+from hf_vla.data.checks.scan import ColumnScan
 
 NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "$gripper")
 

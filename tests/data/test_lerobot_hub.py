@@ -20,8 +20,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_vla.data.cache import FrameCache
-from hf_vla.data.files import DatasetFiles
 from hf_vla.data.lerobot import LeRobotEpisodes
+from hf_vla.data.reading.files import DatasetFiles
 
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
 NAMES = ["v30_video_av1", "v30_images", "v21_video"]
@@ -165,8 +165,8 @@ def test_streaming_fetches_videos_as_rows_ask_for_them(hub, folder, name):
 
 def test_videos_are_fetched_in_blocks_of_which_the_last_are_kept(hub, folder, monkeypatch):
     hub.upload("somebody/blocks", folder / NAMES[0])
-    monkeypatch.setattr("hf_vla.data.remote.BLOCK_BYTES", 1000)
-    monkeypatch.setattr("hf_vla.data.remote.KEPT_BYTES", 8000)
+    monkeypatch.setattr("hf_vla.data.reading.remote.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("hf_vla.data.reading.remote.KEPT_BYTES", 8000)
     dataset = LeRobotEpisodes("somebody/blocks", streaming=True)
     equal_datasets(dataset, LeRobotEpisodes(folder / NAMES[0]), np.random.default_rng(0).permutation(175)[:8])
     assert max(request.sent for request in hub.requests("*.mp4")) == 1000

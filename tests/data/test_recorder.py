@@ -5,12 +5,12 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import DatasetCard
 
-from hf_vla.data import staging
-from hf_vla.data.encoding import VideoOptions
-from hf_vla.data.features import COUNTED
 from hf_vla.data.lerobot import LeRobotEpisodes
-from hf_vla.data.publishing import push_dataset
 from hf_vla.data.recorder import LeRobotRecorder
+from hf_vla.data.recording import staging
+from hf_vla.data.recording.encoding import VideoOptions
+from hf_vla.data.recording.features import COUNTED
+from hf_vla.data.recording.publishing import push_dataset
 
 FPS = 30
 CAMERAS = {"front": ("video", 64, 64), "wrist": ("video", 49, 97), "still": ("image", 32, 49)}

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_vla.data.commits import FolderTransaction
-from hf_vla.data.encoding import VideoOptions
-from hf_vla.data.publishing import push_dataset
 from hf_vla.data.recorder import LeRobotRecorder
+from hf_vla.data.recording.commits import FolderTransaction
+from hf_vla.data.recording.encoding import VideoOptions
+from hf_vla.data.recording.publishing import push_dataset
 
 FPS, LENGTHS = 10, (5, 9, 4)
 FEATURES = {

@@ -20,7 +20,7 @@ import hf_vla.data.rlds_conversion
 from hf_vla.cli.main import app
 from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.data.oxe import DATASETS, oxe_dataset
-from hf_vla.data.pictures import decoded
+from hf_vla.data.reading.pictures import decoded
 from hf_vla.data.rlds import RldsEpisodes
 
 needs_tensorflow = pytest.mark.skipif(

@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 
 from hf_vla.data import schema
 from hf_vla.data.cache import FrameCache
-from hf_vla.data.files import DatasetFiles
-from hf_vla.data.pictures import MappedPictures, ParquetPictures, decoded
-from hf_vla.data.roles import own_keys
-from hf_vla.data.rows import Rows, check_finite, check_order, check_texts, place, read_rows, row_counts
+from hf_vla.data.reading.files import DatasetFiles
+from hf_vla.data.reading.pictures import MappedPictures, ParquetPictures, decoded
+from hf_vla.data.reading.roles import own_keys
+from hf_vla.data.reading.rows import Rows, check_finite, check_order, check_texts, place, read_rows, row_counts
 from hf_vla.data.video import VideoFrames, side_by_side
 
 

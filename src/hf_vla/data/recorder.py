@@ -4,12 +4,12 @@ import json
 from fractions import Fraction
 from pathlib import Path
 
-from hf_vla.data.commits import FolderTransaction, write_json
-from hf_vla.data.drafts import EpisodeDraft
-from hf_vla.data.encoding import CODECS, VideoOptions
-from hf_vla.data.features import check_features, check_frame, check_same_features
-from hf_vla.data.publishing import push_dataset
-from hf_vla.data.staging import DATA, INFO, PLACE, VIDEOS, SavedEpisodes
+from hf_vla.data.recording.commits import FolderTransaction, write_json
+from hf_vla.data.recording.drafts import EpisodeDraft
+from hf_vla.data.recording.encoding import CODECS, VideoOptions
+from hf_vla.data.recording.features import check_features, check_frame, check_same_features
+from hf_vla.data.recording.publishing import push_dataset
+from hf_vla.data.recording.staging import DATA, INFO, PLACE, VIDEOS, SavedEpisodes
 
 SIZES = {"chunks_size": 1000, "data_files_size_in_mb": 100, "video_files_size_in_mb": 200}  # LeRobot's
 
@@ -207,7 +207,7 @@ class LeRobotRecorder:
             self._folder.close()
 
     def push_to_hub(self, repo_id: str, **options) -> str:
-        """Upload the episodes saved so far; see `hf_vla.data.publishing.push_dataset` for the options."""
+        """Upload the episodes saved so far; see `hf_vla.data.recording.publishing.push_dataset` for the options."""
         self._settle()
         return push_dataset(self.root, repo_id, **options)
 

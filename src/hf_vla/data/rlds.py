@@ -10,7 +10,7 @@ import numpy as np
 
 from hf_vla.data import schema
 from hf_vla.data.oxe_steps import OxeDataset, standardize
-from hf_vla.data.pictures import decoded
+from hf_vla.data.reading.pictures import decoded
 
 STEPS, OBSERVATION = "steps", "observation/"
 # TensorFlow writes to the terminal when it is imported, unless told so by these
@@ -27,8 +27,8 @@ class RldsEpisodes:
     left out.
 
     Pictures are decoded only where `images` is set, `(steps, height, width, 3)` uint8; else they stay as they are
-    encoded, bytes in an array of objects, to be read by [`~hf_vla.data.pictures.decoded`]. Depth always stays encoded.
-    One episode is in memory at a time.
+    encoded, bytes in an array of objects, to be read by [`~hf_vla.data.reading.pictures.decoded`]. Depth always stays
+    encoded. One episode is in memory at a time.
 
     Args:
         folder (`str` or `Path`): the folder with `dataset_info.json`, or the one above, if it holds one version.

@@ -10,7 +10,7 @@ from typing import Any
 from hf_vla.data import schema
 from hf_vla.data.oxe import DATASETS, oxe_dataset
 from hf_vla.data.oxe_steps import OxeDataset, standardize, text
-from hf_vla.data.pictures import decoded
+from hf_vla.data.reading.pictures import decoded
 from hf_vla.data.recorder import LeRobotRecorder
 from hf_vla.data.rlds import OBSERVATION, RldsEpisodes
 

@@ -13,7 +13,7 @@ from hf_vla.actions.tokenizers.gaussian_grid import NUM_BINS, GaussianGridTokeni
 from hf_vla.actions.tokenizers.registry import ACTION_TOKENIZERS
 from hf_vla.actions.tokenizers.uniform import UniformTokenizer
 from hf_vla.data import schema
-from hf_vla.data.scan import DatasetScan
+from hf_vla.data.checks.scan import DatasetScan
 
 FAST_IDS = 1024  # as published
 _BINS = {4: NUM_BINS[:3], 7: NUM_BINS}  # dimensions -> the grid's
@@ -26,7 +26,8 @@ def fit_tokenizers(scan: DatasetScan, end_effector: bool = False) -> tuple[dict[
     All dimensions go from q01..q99 to [-1, 1]; the adaptive grid has the gripper, its last one, in [0, 1].
 
     Args:
-        scan ([`~hf_vla.data.scan.DatasetScan`]): of the dataset; its sample of rows and windows is what is fitted to.
+        scan ([`~hf_vla.data.checks.scan.DatasetScan`]): of the dataset; its sample of rows and windows is what is
+            fitted to.
         end_effector (`bool`): whether the actions are an end effector's translation, rotation (or none) and gripper,
             in this order, as the adaptive grid needs them, though their names do not say so.
 

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection, get_context
 
-from hf_vla.data.scan import DatasetScan, ScanPlan
+from hf_vla.data.checks.scan import DatasetScan, ScanPlan
 
 
 def scan_datasets(

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from hf_vla.actions.statistics import ActionStatistics
 from hf_vla.data import schema
-from hf_vla.data.files import DatasetFiles
-from hf_vla.data.reservoir import Reservoir
+from hf_vla.data.checks.reservoir import Reservoir
+from hf_vla.data.reading.files import DatasetFiles
 
 COLUMNS = (schema.ACTION, schema.STATE)
 BATCH_ROWS = 65_536

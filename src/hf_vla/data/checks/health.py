@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from hf_vla.data import schema
-from hf_vla.data.files import DatasetFiles
-from hf_vla.data.findings import ERROR, KINDS, Finding, Findings
-from hf_vla.data.health_pictures import PicturesCheck
-from hf_vla.data.health_rows import (
+from hf_vla.data.checks.findings import ERROR, KINDS, Finding, Findings
+from hf_vla.data.checks.health_pictures import PicturesCheck
+from hf_vla.data.checks.health_rows import (
     RowsFound,
     check_dimensions,
     check_files,
@@ -25,7 +24,8 @@ from hf_vla.data.health_rows import (
     read_found_rows,
     text_tables,
 )
-from hf_vla.data.pictures import ParquetPictures
+from hf_vla.data.reading.files import DatasetFiles
+from hf_vla.data.reading.pictures import ParquetPictures
 from hf_vla.data.video import side_by_side
 
 Progress = Callable[[str, int, int], None]

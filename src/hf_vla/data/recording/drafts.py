@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from hf_vla.actions.statistics import QUANTILES, ActionStatistics
 from hf_vla.data import schema
-from hf_vla.data.encoding import PictureEncoder, PngEncoder, VideoEncoder, VideoOptions
-from hf_vla.data.features import NUMERIC, arrow_schema
+from hf_vla.data.recording.encoding import PictureEncoder, PngEncoder, VideoEncoder, VideoOptions
+from hf_vla.data.recording.features import NUMERIC, arrow_schema
 
 NAMES = ("min", "max", "mean", "std", "count")  # in LeRobot's order, quantiles after them
 _ROWS = 64  # rows kept in memory before they are written aside

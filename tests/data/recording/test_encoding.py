@@ -5,8 +5,8 @@ import av
 import numpy as np
 import pytest
 
-from hf_vla.data import encoding
-from hf_vla.data.encoding import PngEncoder, VideoEncoder, VideoOptions, concatenate
+from hf_vla.data.recording import encoding
+from hf_vla.data.recording.encoding import PngEncoder, VideoEncoder, VideoOptions, concatenate
 from hf_vla.data.video import VideoFrames
 
 CODECS = [VideoOptions(), VideoOptions(g=30, preset=6, threads=1), VideoOptions("h264"), VideoOptions("hevc", g=30)]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from hf_vla.data.remote import RemoteFile, RemoteFolder, named
+from hf_vla.data.reading.remote import RemoteFile, RemoteFolder, named
 
 META = "meta/*"
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from hf_vla.actions.statistics import QUANTILES
-from hf_vla.data import scan as scan_module
-from hf_vla.data.scan import plan_scan
-from hf_vla.data.scan_processes import scan_datasets
+from hf_vla.data.checks import scan as scan_module
+from hf_vla.data.checks.scan import plan_scan
+from hf_vla.data.checks.scan_processes import scan_datasets
 
 
 def by_name(plans, workers, progress=None):

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 
 from hf_vla.actions.statistics import ActionStatistics, is_constant
 from hf_vla.data import schema
-from hf_vla.data.findings import Findings
-from hf_vla.data.rows import Rows
+from hf_vla.data.checks.findings import Findings
+from hf_vla.data.reading.rows import Rows
 
 EPISODE, FRAME, INDEX, TIME = "episode_index", "frame_index", "index", "timestamp"
 FILE, PLACE = "number of the file", "place in the files"

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hf_vla.data.findings import KINDS, Findings
-from hf_vla.data.health import check_health
-from hf_vla.data.health_pictures import block_means
+from hf_vla.data.checks.findings import KINDS, Findings
+from hf_vla.data.checks.health import check_health
+from hf_vla.data.checks.health_pictures import block_means
 from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.data.recorder import LeRobotRecorder
 

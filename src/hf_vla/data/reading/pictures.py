@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from hf_vla.data.rows import Rows
+from hf_vla.data.reading.rows import Rows
 
 
 def decoded(data: bytes | None, bgr: bool = False) -> np.ndarray:
@@ -70,7 +70,7 @@ class ParquetPictures:
     used last are kept, so that rows read in order, several such sequences side by side, cost each row group once.
 
     Args:
-        rows ([`~hf_vla.data.rows.Rows`]): where the rows are.
+        rows ([`~hf_vla.data.reading.rows.Rows`]): where the rows are.
         open_file (`Callable[[Path], BinaryIO | None]`): opens one of the files; None where it is on this machine.
         max_bytes (`int`, defaults to 256 MiB): of the row groups kept; the one used last is always kept.
     """

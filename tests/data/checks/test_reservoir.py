@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hf_vla.data.reservoir import Reservoir
+from hf_vla.data.checks.reservoir import Reservoir
 
 
 def filled(numbers, entries, size, pieces=1):

@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hf_vla.data.checks.scan import SHOWN_PLACES, DatasetScan, merged_plan, plan_scan
+from hf_vla.data.checks.scan_processes import scan_datasets
 from hf_vla.data.lerobot import LeRobotEpisodes
-from hf_vla.data.scan import SHOWN_PLACES, DatasetScan, merged_plan, plan_scan
-from hf_vla.data.scan_processes import scan_datasets
 
 GOLDEN = ["v30_video_av1", "v30_images", "v21_video"]
 
@@ -86,7 +86,7 @@ def test_windows_go_across_batches_but_not_across_episodes(write_dataset, monkey
     assert set(windows[:, 0, 0]) == {*numbers[:33], numbers[37], *numbers[45:102]}
     np.testing.assert_array_equal(windows[:, :, 0] - windows[:, :1, 0], np.tile(np.arange(5), (91, 1)))
     for rows in (1, 4, 7):
-        monkeypatch.setattr("hf_vla.data.scan.BATCH_ROWS", rows)
+        monkeypatch.setattr("hf_vla.data.checks.scan.BATCH_ROWS", rows)
         np.testing.assert_array_equal(scanned(root, chunk_size=5).windows.entries(), windows)
     assert scanned(root, chunk_size=62).windows.entries() is None
 
@@ -295,7 +295,7 @@ def test_statistics_are_what_the_training_puts_into_a_checkpoint(demos):
     from hf_vla.training.facts import data_facts
     from hf_vla.training.recipe import load_recipe
 
-    path = Path(__file__).parents[2] / "scripts" / "recipes" / "tinyvla_tiny.yaml"
+    path = Path(__file__).parents[3] / "scripts" / "recipes" / "tinyvla_tiny.yaml"
     data = load_recipe(path, {"data.source": str(demos), "data.eval_episodes": [3, 7]}).data
     (trained,) = data_facts(data, open_datasets(data)).datasets.values()
     found = scanned(demos, episodes={*range(22)} - {3, 7})

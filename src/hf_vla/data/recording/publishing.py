@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from hf_vla.data import schema
-from hf_vla.data.commits import WORK, is_unfinished
+from hf_vla.data.recording.commits import WORK, is_unfinished
 
 
 def push_dataset(

@@ -8,9 +8,9 @@ from hf_vla.actions.normalization import ActionNormalizer
 from hf_vla.actions.tokenizers.fast import FastTokenizer
 from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer
 from hf_vla.actions.tokenizers.registry import ACTION_TOKENIZERS
-from hf_vla.data.grids import fit_tokenizers
+from hf_vla.data.checks.grids import fit_tokenizers
+from hf_vla.data.checks.scan import DatasetScan, plan_scan
 from hf_vla.data.lerobot import LeRobotEpisodes
-from hf_vla.data.scan import DatasetScan, plan_scan
 
 
 def scanned(root, **kwargs):

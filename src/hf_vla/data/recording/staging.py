@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 
 from hf_vla.actions.statistics import ActionStatistics
 from hf_vla.data import schema
-from hf_vla.data.commits import write_json
-from hf_vla.data.drafts import EpisodeDraft, merge_pictures, summarize, write_texts
-from hf_vla.data.encoding import concatenate
-from hf_vla.data.features import NUMERIC, SUBTASK_INDEX
+from hf_vla.data.recording.commits import write_json
+from hf_vla.data.recording.drafts import EpisodeDraft, merge_pictures, summarize, write_texts
+from hf_vla.data.recording.encoding import concatenate
+from hf_vla.data.recording.features import NUMERIC, SUBTASK_INDEX
 
 INFO, STATS = Path("meta/info.json"), Path("meta/stats.json")
 DATA, EPISODES, VIDEOS = "data", "meta/episodes", "videos"

@@ -8,9 +8,9 @@ import av
 import numpy as np
 
 from hf_vla.data import schema
-from hf_vla.data.findings import Findings
-from hf_vla.data.health_rows import FRAME, TIME, RowsFound
-from hf_vla.data.pictures import ParquetPictures, decoded
+from hf_vla.data.checks.findings import Findings
+from hf_vla.data.checks.health_rows import FRAME, TIME, RowsFound
+from hf_vla.data.reading.pictures import ParquetPictures, decoded
 from hf_vla.data.video import VideoFrames
 
 SAMPLED = 4  # pictures of an episode, its first and last among them

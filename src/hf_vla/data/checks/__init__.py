@@ -1,0 +1,1 @@
+"""One pass over a dataset: statistics, action grids, and what is wrong with it."""
