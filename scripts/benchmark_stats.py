@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from hf_vla.data.scan import BATCH_ROWS, plan_scan
-from hf_vla.data.scan_processes import scan_datasets
+from hf_vla.data.checks.scan import BATCH_ROWS, plan_scan
+from hf_vla.data.checks.scan_processes import scan_datasets
 
 FILE_ROWS, EPISODE_ROWS = 1_000_000, 200
 SIZES = {"action": 7, "observation.state": 8}

@@ -24,7 +24,7 @@ def statistics_table(key, column):
 
     Args:
         key (`str`): the column.
-        column ([`~hf_vla.data.scan.ColumnScan`]): with one row at least.
+        column ([`~hf_vla.data.checks.scan.ColumnScan`]): with one row at least.
 
     Returns:
         `rich.table.Table`: one row per dimension, in the dataset's units.
@@ -44,7 +44,7 @@ def remarks(key, column):
 
     Args:
         key (`str`): the column.
-        column ([`~hf_vla.data.scan.ColumnScan`]).
+        column ([`~hf_vla.data.checks.scan.ColumnScan`]).
 
     Returns:
         `list[str]`: sentences.
@@ -75,7 +75,7 @@ def edges_in_robot_units(entry, statistics):
     """Where a representation parts the values of each action dimension.
 
     Args:
-        entry (`dict`): its "normalization" and "tokenizer", see [`~hf_vla.data.grids.fit_tokenizers`].
+        entry (`dict`): its "normalization" and "tokenizer", see [`~hf_vla.data.checks.grids.fit_tokenizers`].
         statistics (`dict`): of the actions, in LeRobot's names.
 
     Returns:

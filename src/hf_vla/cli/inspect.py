@@ -29,7 +29,7 @@ def inspect(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from hf_vla.cli.stats import parse_numbers
-    from hf_vla.data.health import check_health
+    from hf_vla.data.checks.health import check_health
 
     numbers = episodes and parse_numbers(episodes)
     bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -59,7 +59,7 @@ def contents(health):
     """Say what is in a dataset, JSON-safe.
 
     Args:
-        health ([`~hf_vla.data.health.Health`]): of the dataset; of the episodes that were checked.
+        health ([`~hf_vla.data.checks.health.Health`]): of the dataset; of the episodes that were checked.
 
     Returns:
         `dict`
@@ -103,7 +103,7 @@ def count_texts(health, column):
     """Count the texts that rows give by number, JSON-safe.
 
     Args:
-        health ([`~hf_vla.data.health.Health`]): of the dataset.
+        health ([`~hf_vla.data.checks.health.Health`]): of the dataset.
         column (`str`): of the numbers.
 
     Returns:
@@ -169,7 +169,7 @@ def findings_parts(health):
     """Say what is wrong with a dataset, for human eyes.
 
     Args:
-        health ([`~hf_vla.data.health.Health`]): of the dataset.
+        health ([`~hf_vla.data.checks.health.Health`]): of the dataset.
 
     Returns:
         `list[str]`: a text for every finding.

@@ -45,8 +45,8 @@ def stats(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from hf_vla.data.scan import DatasetScan, merged_plan, plan_scan
-    from hf_vla.data.scan_processes import scan_datasets
+    from hf_vla.data.checks.scan import DatasetScan, merged_plan, plan_scan
+    from hf_vla.data.checks.scan_processes import scan_datasets
 
     chosen = columns and [name.strip() for name in columns.split(",")]
     numbers = episodes and parse_numbers(episodes)
@@ -82,9 +82,9 @@ def report(scan, folder, end_effector=False):
     """Fit the representations to a dataset; write files where there is a folder for them.
 
     Args:
-        scan ([`~hf_vla.data.scan.DatasetScan`]): of the dataset.
+        scan ([`~hf_vla.data.checks.scan.DatasetScan`]): of the dataset.
         folder (`Path`, *optional*): for stats.json, grids.json and the plots.
-        end_effector (`bool`): see [`~hf_vla.data.grids.fit_tokenizers`].
+        end_effector (`bool`): see [`~hf_vla.data.checks.grids.fit_tokenizers`].
 
     Returns:
         `list`: what is to be printed of it.
@@ -94,7 +94,7 @@ def report(scan, folder, end_effector=False):
     from hf_vla.actions.tokenizers.registry import build_action_tokenizer
     from hf_vla.cli.distributions import remarks, statistics_table
     from hf_vla.data import schema
-    from hf_vla.data.grids import fit_tokenizers
+    from hf_vla.data.checks.grids import fit_tokenizers
 
     parts = [f"[bold]{escape(scan.name)}[/]: {scan.num_episodes:,} episodes, {scan.num_rows:,} rows"]
     for key, column in scan.columns.items():
@@ -119,8 +119,8 @@ def write(scan, grids, folder):
     """Write LeRobot's stats.json, grids.json (representation -> entries of an action_config) and the plots.
 
     Args:
-        scan ([`~hf_vla.data.scan.DatasetScan`]): of a dataset.
-        grids (`dict`): see [`~hf_vla.data.grids.fit_tokenizers`].
+        scan ([`~hf_vla.data.checks.scan.DatasetScan`]): of a dataset.
+        grids (`dict`): see [`~hf_vla.data.checks.grids.fit_tokenizers`].
         folder (`Path`): made where it is missing.
     """
     import json
