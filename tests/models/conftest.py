@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
@@ -206,3 +207,20 @@ def pictures():
 def chunks():
     """Actions of two samples in robot units."""
     return np.random.default_rng(1).uniform(0.0, 1.0, (2, CHUNK_SIZE, ACTION_DIM))
+
+
+@pytest.fixture(scope="session")
+def few_steps():
+    """Train a model on one batch."""
+
+    def make(model, batch, steps=4):
+        optimizer, losses = torch.optim.Adam(model.parameters(), 1e-3), []
+        for _ in range(steps):
+            loss = model(**batch).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    return make

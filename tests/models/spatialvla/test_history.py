@@ -177,17 +177,11 @@ def test_given_intrinsics_are_those_of_every_frame(processor, images):
         assert got[0, 1, 0, 0] == (42.0 if given is each else 84.0)
 
 
-def test_a_training_step_and_what_is_saved(processor, images, chunks, tmp_path):
+def test_a_training_step_and_what_is_saved(processor, images, chunks, tmp_path, few_steps):
     config = SpatialVLAConfig.from_preset("tiny", chunk_size=2, n_obs_steps=STEPS)
     model = SpatialVLAForConditionalGeneration(config).train()
     batch = processor(images=images, text=TEXTS, actions=chunks)
-    optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-3), []
-    for _ in range(4):
-        loss = model(**batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = few_steps(model, batch)
     assert losses[-1] < losses[0]
     model.eval().save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)

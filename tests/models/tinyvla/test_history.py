@@ -135,16 +135,10 @@ def test_a_camera_that_is_missing_is_missing_at_every_step(build, histories):
     assert all(torch.equal(rows[0][name], value) for name, value in rows[1].items())
 
 
-def test_a_training_step_and_what_is_saved(build, make_model, histories, chunks, tmp_path):
-    model, processor, losses = make_model(n_obs_steps=STEPS), build(), []
+def test_a_training_step_and_what_is_saved(build, make_model, histories, chunks, tmp_path, few_steps):
+    model, processor = make_model(n_obs_steps=STEPS), build()
     batch = processor(images=histories, text=TEXTS, state=STATES, actions=chunks)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    for _ in range(4):
-        loss = model(**batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = few_steps(model, batch)
     assert losses[-1] < losses[0]
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
