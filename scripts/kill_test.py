@@ -1,8 +1,9 @@
 """Kill a training again and again with SIGKILL, also while it saves, and compare what it becomes with an unkilled one.
 
 `python scripts/kill_test.py --kills 20` prints a line for each kill and leaves with 1 if anything differs: the curve
-of the losses (bit for bit), the rows that each step read, the final weights, or a checkpoint that is not whole. Names
-of a recipe such as `--training.max_steps=90` go to the training.
+of the losses (bit for bit), the rows that each step read, the final weights, or a checkpoint that is not whole. With
+`--processes 2` that many learn together, and are killed together. Names of a recipe such as `--training.max_steps=90`
+go to the training.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import os
 import platform
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -54,7 +56,8 @@ def train_and_log_rows(arguments):
     step = VLATrainer.training_step
 
     def logged(trainer, model, inputs, *args):
-        entry = {"pid": os.getpid(), "step": trainer.state.global_step + 1, "rows": [row for _, row in inputs["rows"]]}
+        entry = {"life": os.environ["LIFE"], "rank": trainer.args.process_index, "step": trainer.state.global_step + 1}
+        entry["rows"] = [row for _, row in inputs["rows"]]
         log.write(json.dumps(entry) + "\n")
         log.flush()
         return step(trainer, model, inputs, *args)
@@ -63,60 +66,101 @@ def train_and_log_rows(arguments):
     run.train(recipe)
 
 
-def start(folder, options):
-    arguments = [f"{name}={value}" for name, value in (TRAINING | options).items() if name != "--config"]
-    command = [sys.executable, __file__, "--child", "--config", str((TRAINING | options)["--config"]), *arguments]
-    output = Path(f"{folder}.log").open("ab")
-    return subprocess.Popen([*command, f"--training.output_dir={folder}"], cwd=ROOT, stdout=output, stderr=output)
+class Life:
+    """The processes of a training, from its start to its end or to a kill."""
+
+    def __init__(self, folder, options, num_processes, number):
+        values = TRAINING | options
+        command = [sys.executable, __file__, "--child", "--config", str(values.pop("--config"))]
+        command += [*(f"{name}={value}" for name, value in values.items()), f"--training.output_dir={folder}"]
+        environment = os.environ | {"LIFE": str(number)}
+        if num_processes > 1:
+            with socket.create_server(("localhost", 0)) as free:
+                environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+            environment |= {"WORLD_SIZE": str(num_processes), "ACCELERATE_USE_CPU": "true"}
+        self.processes = []
+        for rank in range(num_processes):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else {}
+            with Path(f"{folder}.log").open("ab") as log:
+                self.processes.append(
+                    subprocess.Popen(command, cwd=ROOT, env=environment | place, stdout=log, stderr=log)
+                )
+
+    def alive(self):
+        return all(process.poll() is None for process in self.processes)
+
+    def wait(self):
+        """The worst exit status."""
+        return max(abs(process.wait()) for process in self.processes)
+
+    def kill(self):
+        for process in self.processes:
+            process.send_signal(signal.SIGKILL)
+        self.wait()
 
 
 def rows_of(folder):
-    """{step: rows} of each process that learnt anything, in their order."""
+    """Of each life that learnt anything, {(step, rank): rows of its batches}, in their order."""
     lives, path = {}, Path(f"{folder}.rows")
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             entry = json.loads(line)
         except ValueError:  # the process was killed while it wrote this
             continue
-        lives.setdefault(entry["pid"], {}).setdefault(entry["step"], []).append(entry["rows"])
+        lives.setdefault(entry["life"], {}).setdefault((entry["step"], entry["rank"]), []).append(entry["rows"])
     return list(lives.values())
 
 
-def wait_for(condition, process, seconds=120.0):
-    """Poll; whether it came true while the process lived."""
+def wait_for(condition, life, seconds=240.0):
+    """Poll; whether it came true while all processes lived."""
     end = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < end:
+    while life.alive() and time.monotonic() < end:
         if condition():
             return True
-        time.sleep(0.001)
+        time.sleep(0.0005)
     return False
 
 
-def kill_at_random(process, folder, moments):
-    """Kill a process at a random moment; says which, or None where it ended before."""
+def kill_at_random(life, folder, moments, kind):
+    """Kill a life at a random moment of a kind; says what it left, or None where it ended before."""
     saving, before = folder / UNFINISHED / "saving", len(rows_of(folder))
-    kind = moments.choices(["start", "step", "save"], [1, 3, 4])[0]
     if kind == "start":
         time.sleep(moments.uniform(0, 12))
     elif kind == "step":
-        wait_for(lambda: len(rows_of(folder)) > before, process)
+        wait_for(lambda: len(rows_of(folder)) > before, life)
         time.sleep(moments.uniform(0, 3))
-    else:
+    elif kind == "save":
         for _ in range(moments.randint(1, 3)):
-            wait_for(lambda: not saving.exists(), process)
-            wait_for(saving.exists, process)
+            wait_for(lambda: not saving.exists(), life)
+            wait_for(saving.exists, life)
         time.sleep(moments.uniform(0, 0.12))
-    if process.poll() is not None:
+    else:  # the final model, which is no checkpoint
+        wait_for(lambda: list((folder / UNFINISHED).glob("*/*.json")), life, 1200.0)
+        time.sleep(moments.uniform(0, 0.01))
+    if not life.alive():
         return None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    left = sorted(str(path.relative_to(folder / UNFINISHED)) for path in (folder / UNFINISHED).rglob("*"))
-    return kind + (f", {len(left)} names unfinished, the last {left[-1]}" if left else ", nothing unfinished")
+    life.kill()
+    return left_by_kill(folder, learnt=len(rows_of(folder)) > before)
+
+
+def left_by_kill(folder, learnt):
+    """What a killed life was doing, by what it left."""
+    names = sorted(str(path.relative_to(folder / UNFINISHED)) for path in (folder / UNFINISHED).rglob("*"))
+    if not names and (folder / "config.json").is_file():
+        return "when the final model was in its place"
+    if not names:
+        return "while it learned" if learnt else "before its first step"
+    doing = "deleted an old checkpoint"
+    if any(name.startswith("saving/checkpoint-") for name in names):
+        doing = "saved a checkpoint"
+    elif any(name.startswith(("saving", "installing")) for name in names):
+        doing = "saved the final model" if any("/" in name for name in names) else "began to save"
+    return f"while it {doing}, {len(names)} names unfinished, the last {names[-1]}"
 
 
 def checkpoints(folder):
     """(step, flaw) of each folder that looks like a checkpoint."""
-    from hf_vla.training.manifest import find_flaw
+    from hf_vla.training.saving import find_flaw
 
     found = [(int(path.name.rpartition("-")[2]), find_flaw(path)) for path in folder.glob("checkpoint-*")]
     return sorted(found, key=lambda each: each[0])
@@ -140,13 +184,15 @@ def differences(folder, reference):
     (rows,) = rows_of(reference)
     lives = rows_of(folder)
     for number, life in enumerate(lives):
-        if list(life) != list(range(min(life), max(life) + 1)):
-            yield f"the steps of life {number}, {list(life)}"
-        last = max(life)  # of which the kill may have come before the second batch
-        wrong = [step for step in life if life[step] != rows[step] and (step < last or life[step] != rows[step][:1])]
-        if wrong:
-            yield f"the rows of the steps {wrong} of life {number}"
-    if max(lives[-1]) != max(rows):
+        for rank in {rank for _, rank in life}:
+            steps = [step for step, other in life if other == rank]
+            if steps != list(range(min(steps), max(steps) + 1)):
+                yield f"the steps of life {number}, {steps}"
+            read, wanted = ([own[step, rank] for step in steps] for own in (life, rows))
+            # the kill may have come before the last step's second batch
+            if read[:-1] != wanted[:-1] or read[-1] != wanted[-1][: len(read[-1])]:
+                yield f"the rows of life {number}"
+    if all(max(rows) not in life for life in lives):
         yield "the last step"
 
 
@@ -154,37 +200,45 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
     known, rest = parser.parse_known_args()
     options = dict(argument.split("=", 1) for argument in rest)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate"))
     print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}")
-    moments, failures, kills, runs = random.Random(known.seed), [], 0, 0
+    moments, failures, runs, doings = random.Random(known.seed), [], 0, []
+    # one kill before the first step, and the last one while the final model is saved
+    kinds = moments.choices(["start", "step", "save"], [1, 3, 4], k=known.kills)
+    if known.kills > 2:
+        kinds[0], kinds[-1] = "start", "install"
     with tempfile.TemporaryDirectory() as place:
         reference = Path(place, "reference")
         began = time.monotonic()
-        if start(reference, options).wait() != 0:
+        if Life(reference, options, known.processes, 0).wait() != 0:
             sys.exit(Path(f"{reference}.log").read_text(encoding="utf-8")[-3000:])
         print(f"never killed: {len(curve(reference))} entries of the curve in {time.monotonic() - began:.0f} s")
-        while kills < known.kills:
+        while len(doings) < known.kills:
             runs += 1
             folder = Path(place, f"run{runs}")
-            while True:
-                process = start(folder, options)
-                if kills == known.kills or (how := kill_at_random(process, folder, moments)) is None:
-                    if process.wait() != 0:
+            for number in range(1000):
+                life = Life(folder, options, known.processes, number)
+                kills = len(doings)
+                if kills == known.kills or (how := kill_at_random(life, folder, moments, kinds[kills])) is None:
+                    if life.wait() != 0:
                         sys.exit(Path(f"{folder}.log").read_text(encoding="utf-8")[-3000:])
                     break
-                kills += 1
+                doings.append(how.partition(",")[0])
                 lives, found = rows_of(folder), checkpoints(folder)
-                failures += [f"checkpoint-{step} after kill {kills}: {flaw}" for step, flaw in found if flaw]
-                steps = f"steps {min(lives[-1])} to {max(lives[-1])}" if lives else "no step"
-                print(f"kill {kills:2}, run {runs}: {how}; last learnt {steps}; whole: {[step for step, _ in found]}")
+                failures += [f"checkpoint-{step} after kill {kills + 1}: {flaw}" for step, flaw in found if flaw]
+                learnt = f"steps {min(lives[-1])[0]} to {max(lives[-1])[0]}" if lives else "no step"
+                whole = [step for step, _ in found]
+                print(f"kill {kills + 1:2}, run {runs}: {how}; last learnt {learnt}; whole: {whole}", flush=True)
             wrong = list(differences(folder, reference))
             failures += [f"run {runs}: {difference}" for difference in wrong]
-            print(f"run {runs} ended after {len(rows_of(folder))} lives: {'differs' if wrong else 'the same'}")
+            print(f"run {runs} ended after {number + 1} lives: {'differs' if wrong else 'the same'}")
             warned = Path(f"{folder}.log").read_text(encoding="utf-8").splitlines()
             print(*sorted({f"  {line}"[:160] for line in warned if UNFINISHED in line or "WARNING" in line}), sep="\n")
-    print("FAILED: " + "; ".join(failures) if failures else f"{kills} kills: every run ended as if never killed")
+    print(*(f"{doings.count(doing)} kills {doing}" for doing in sorted(set(doings))), sep=", ")
+    print("FAILED: " + "; ".join(failures) if failures else f"{known.kills} kills: every run ended as if never killed")
     sys.exit(bool(failures))
 
 

@@ -1,4 +1,7 @@
-"""What test_distributed.py starts, in one process or in several: `train`, a training; `shard`, FSDP2 by hand."""
+"""What test_distributed.py starts, in one process or in several.
+
+`train`, a training; `shard`, FSDP2 by hand; `apart`, processes of which one alone sees the checkpoints.
+"""
 
 import json
 import sys
@@ -10,6 +13,7 @@ from torch import nn
 from hf_vla.data.collator import VLACollator
 from hf_vla.training import run
 from hf_vla.training.builders.registry import build
+from hf_vla.training.checkpoints import checkpoint_to_resume
 from hf_vla.training.datasets import join, open_datasets
 from hf_vla.training.recipe import parse_recipe
 from hf_vla.training.trainer import VLATrainer
@@ -103,5 +107,20 @@ def shard(recipe):
     torch.distributed.destroy_process_group()
 
 
+def apart(recipe):
+    """Say why a run does not go on from a folder that the main process alone sees."""
+    arguments, folder = recipe.training, Path(recipe.training.output_dir)
+    if arguments.process_index == 0:
+        (folder / "checkpoint-2").mkdir(parents=True)
+    else:
+        own = Path.is_dir
+        Path.is_dir = lambda path: own(path) and folder not in path.parents  # as on a node without this disk
+    try:
+        checkpoint_to_resume(arguments)
+    except ValueError as error:
+        sys.stdout.write(f"process {arguments.process_index}: {error}\n")
+    torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    {"train": train, "shard": shard}[sys.argv[1]](parse_recipe(sys.argv[2:]))
+    {"train": train, "shard": shard, "apart": apart}[sys.argv[1]](parse_recipe(sys.argv[2:]))

@@ -140,6 +140,56 @@ def test_mistakes_in_a_recipe_are_errors_that_name_them(overrides, message):
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model:\n  a: [b", r"recipe.yaml is no YAML in line 2, column 8: .*expected"),
+        ("- model", r"recipe.yaml: expected the sections model, data and training, came \['model'\]"),
+        ("model", "recipe.yaml: expected the sections model, data and training, came 'model'"),
+        ("", "The recipe lacks model"),
+    ],
+)
+def test_a_file_that_is_no_recipe(text, message, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(tmp_path / "recipe.yaml", {"training.max_steps": 1} if text else None)
+
+
+def test_an_override_that_is_no_yaml_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match="--data.source is no YAML in line 1, column 2"):
+        parse_recipe(["--config", str(TINY), "--data.source=["])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"lr_scheduler_type": "cosin"}, "training.lr_scheduler_type: 'cosin' is none of its values, .* 'cosine'"),
+        ({"eval_strategy": "step"}, "training.eval_strategy: 'step' is none of its values, did you mean 'steps'"),
+        ({"optim": "muon"}, r"training.optim: 'muon' is none of its values, there are \['adamw_torch'"),
+        ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lrr": 1}}, "keyword .*'min_lrr'"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs None do not suit .* cosine_with_min_lr: "),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "do not suit training.lr_scheduler_type warmup_stable_decay"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: the models have losses of their own"),
+        ({"train_sampling_strategy": "sequential"}, "the order of the rows is that of data.shuffle"),
+    ],
+)
+def test_what_the_trainer_would_find_late_or_not_at_all(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(TINY, {f"training.{name}": value for name, value in overrides.items()})
+
+
+@pytest.mark.parametrize("kind", ["linear", "reduce_lr_on_plateau", "greedy", "inverse_sqrt", "constant"])
+def test_schedules_that_need_no_more_are_taken(kind):
+    assert load_recipe(TINY, {"training.lr_scheduler_type": kind}).training.lr_scheduler_type == kind
+
+
+@pytest.mark.parametrize("metric", ["action_error", "eval_arm_action_error_gripper", "loss"])
+def test_of_errors_the_least_is_best(metric):
+    assert load_recipe(TINY, {"training.metric_for_best_model": metric}).training.greater_is_better is False
+    overrides = {"training.metric_for_best_model": metric, "training.greater_is_better": True}
+    assert load_recipe(TINY, overrides).training.greater_is_better
+
+
+@pytest.mark.parametrize(
     ("options", "wanted"),
     [
         ({}, None),

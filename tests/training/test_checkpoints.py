@@ -1,24 +1,30 @@
+import errno
 import json
 import logging
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel
 
 import hf_vla  # noqa: F401
-from hf_vla.training.checkpoints import checkpoint_to_resume, rotate
-from hf_vla.training.manifest import MANIFEST, find_flaw, write_manifest
+from hf_vla.training.checkpoints import checkpoint_to_resume, last_good, rotate
+from hf_vla.training.durable import TrainingStopped
+from hf_vla.training.ema import check_average
 from hf_vla.training.run import train
-from hf_vla.training.saving import UNFINISHED, install, publish, recover, staging_folder
+from hf_vla.training.saving import (
+    MANIFEST,
+    UNFINISHED,
+    find_flaw,
+    staging_folder,
+    write_manifest,
+)
 
 ROOT = Path(__file__).parents[2]
 RUN = {  # a loss of several parts, from noise, logged between the checkpoints
@@ -90,6 +96,19 @@ def test_going_on_between_two_logged_losses_gives_the_same_curve(whole, make_rec
     assert_same_end(tmp_path, whole)
 
 
+def test_going_on_within_a_later_epoch_withholds_the_same_cameras(make_recipe, tmp_path):
+    options = {"data__episodes": [0], "data__eval_episodes": [], "data__camera_dropout": 0.5}
+    options |= {"model__config__head_config__denoiser__down_dims": [16, 32]}
+    options |= {"training__per_device_train_batch_size": 8}  # five steps an epoch
+    options |= {"training__save_steps": 7, "training__max_steps": 8}
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    train(make_recipe(whole, "tinyvla_tiny", **options))
+    shutil.copytree(whole / "checkpoint-7", again / "checkpoint-7")
+    train(make_recipe(again, "tinyvla_tiny", **options, training__resume_from_checkpoint=True))
+    assert len(history(whole)) == 8
+    assert_same_end(again, whole)
+
+
 def test_a_finished_run_trains_no_further_step(whole, make_recipe, tmp_path):
     copy(whole, tmp_path, 3, 6)
     metrics = train(make_recipe(tmp_path, "divla_tiny", **RUN, training__resume_from_checkpoint=True))
@@ -157,9 +176,88 @@ def test_checkpoints_of_other_tools_have_no_manifest(whole, resume, tmp_path, ca
 
 def test_the_newest_step_counts_not_the_name(whole, resume, tmp_path):
     assert resume(None) is None and resume() is None
-    third, _ = copy(whole, tmp_path, 3, 6)
+    third, sixth = copy(whole, tmp_path, 3, 6)
+    for folder in (third, sixth):
+        (folder / MANIFEST).unlink()
+        os.utime(folder, (9, 9))
     tenth = third.rename(tmp_path / "checkpoint-10")  # as text, 6 comes after 10
     assert resume() == str(tenth)
+
+
+def test_the_branch_that_was_learnt_last_goes_on(whole, resume, tmp_path):
+    third, sixth = copy(whole, tmp_path, 3, 6)
+    fourth = shutil.copytree(third, tmp_path / "checkpoint-4")
+    path = fourth / MANIFEST  # saved after going back from step 6 to step 3
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"time": time.time()}))
+    os.utime(sixth)  # as copying to another place may do
+    assert resume() == str(fourth)
+    assert str(fourth) in last_good(tmp_path)
+    rotate(tmp_path, 1, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_a_folder_that_is_not_there_is_called_so(resume, tmp_path):
+    with pytest.raises(ValueError, match="checkpoint-9 is no folder. Restore it, or"):
+        resume(str(tmp_path / "checkpoint-9"))
+
+
+def test_the_trainer_itself_looks_before_it_goes_on(whole, make_trainer, tmp_path):
+    _, sixth = copy(whole, tmp_path, 3, 6)
+    flip_a_bit(sixth / "model.safetensors")
+    fill(staging_folder(tmp_path) / "checkpoint-9", config__json="{}")
+    trainer = make_trainer(tmp_path, "divla_tiny", **RUN)
+    with pytest.raises(ValueError, match="checkpoint-6 is damaged: its model.safetensors is not what was written"):
+        trainer.train(resume_from_checkpoint=str(sixth))
+    assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_a_trainer_without_a_recipe_compares_its_arguments(whole, make_trainer, tmp_path):
+    third, _ = copy(whole, tmp_path, 3, 6)
+    trainer = make_trainer(tmp_path, "divla_tiny", **(RUN | {"training__seed": 7}))
+    with pytest.raises(ValueError, match="training.seed was 0, is 7"):
+        trainer.train(resume_from_checkpoint=str(third))
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"num_processes": 8}, "num processes was 8, is 1"),
+        ({"rows_per_step": 16}, "rows per step was 16, is 4"),
+        ({"num_processes": 2, "rows_per_step": 8}, "num processes was 2, is 1; rows per step was 8, is 4"),
+    ],
+)
+def test_other_processes_or_rows_do_not_go_on(whole, make_recipe, tmp_path, saved, message):
+    (third,) = copy(whole, tmp_path, 3)
+    manifest = json.loads((third / MANIFEST).read_text())
+    assert manifest["num_processes"] == 1 and manifest["rows_per_step"] == 4
+    (third / "rng_state.pth").rename(third / "rng_state_0.pth")  # as several processes leave it
+    manifest["files"]["rng_state_0.pth"] = manifest["files"].pop("rng_state.pth")
+    (third / MANIFEST).write_text(json.dumps(manifest | saved))
+    arguments = make_recipe(tmp_path, "divla_tiny", **RUN, training__resume_from_checkpoint=True).training
+    with pytest.raises(ValueError, match=f"{third}: {message}. Resume with as many as then, or start a new run"):
+        checkpoint_to_resume(arguments)
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_launcher_says_that_weights_are_sharded(whole, resume, make_recipe, tmp_path, monkeypatch, name):
+    (third,) = copy(whole, tmp_path, 3)
+    (third / "optimizer.pt").rename(third / "optimizer.bin")  # as FSDP calls it
+    write_manifest(third)
+    with pytest.raises(ValueError, match=r"lacks \['optimizer.pt'\]"):
+        resume(str(third))
+    arguments = make_recipe(tmp_path, training__resume_from_checkpoint=True).training
+    monkeypatch.setenv(name, "true")
+    assert checkpoint_to_resume(arguments) == str(third)
+    arguments.ema_decay = 0.9
+    with pytest.raises(ValueError, match="which FSDP and DeepSpeed cut into shards"):
+        check_average(arguments)
+
+
+def test_what_was_pushed_goes_on_from_its_download(whole, make_recipe, tmp_path):
+    (third,) = copy(whole, tmp_path, 3)
+    last = third.rename(tmp_path / "last-checkpoint")
+    train(make_recipe(tmp_path, "divla_tiny", **RUN, training__resume_from_checkpoint=str(last)))
+    assert_same_end(tmp_path, whole)
 
 
 def fill(folder, **files):
@@ -177,6 +275,14 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     fill(tmp_path / "checkpoint-12", a="a")
     rotate(tmp_path, 1, [tmp_path / "checkpoint-12", None])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-12"]
+
+
+def test_rotation_knows_the_best_by_any_name(tmp_path, monkeypatch):
+    for age, step in enumerate([3, 6, 9]):
+        os.utime(fill(tmp_path / "out" / f"checkpoint-{step}", a="a"), (age, age))
+    monkeypatch.chdir(tmp_path)
+    rotate(Path("out"), 2, [Path("out/checkpoint-9"), str(tmp_path / "out" / "checkpoint-3")])
+    assert sorted(path.name for path in Path("out").iterdir()) == ["checkpoint-3", "checkpoint-9"]
 
 
 def test_the_best_checkpoint_survives_and_is_named_by_its_place(make_recipe, tmp_path):
@@ -201,101 +307,29 @@ def test_what_a_killed_save_left_is_removed_and_nothing_else(resume, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["_unfinished", "checkpoint-new"]
 
 
-def test_a_save_that_was_whole_when_it_was_killed_is_finished(tmp_path):
-    staged = fill(staging_folder(tmp_path) / "checkpoint-3", trainer_state__json="{}")
-    write_manifest(staged)
-    fill(tmp_path / UNFINISHED / "deleting" / "checkpoint-3", trainer_state__json="old")
-    recover(tmp_path)
-    assert (tmp_path / "checkpoint-3" / "trainer_state.json").read_text() == "{}"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3"]
-    staged = fill(staging_folder(tmp_path) / "checkpoint-3", trainer_state__json="newer")
-    write_manifest(staged)
-    recover(tmp_path)  # killed before the one that is there was set aside: it stays
-    assert (tmp_path / "checkpoint-3" / "trainer_state.json").read_text() == "{}"
+def test_old_checkpoints_that_cannot_be_deleted_stop_nothing(make_recipe, tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hf_vla.training.durable.rotate", refuse)
+    train(make_recipe(tmp_path, training__save_total_limit=1, training__max_steps=2, training__save_steps=1))
+    assert caplog.text.count("could not be deleted: OSError: [Errno 28] No space left on device") == 2
+    assert find_flaw(tmp_path / "checkpoint-2") is None
 
 
-def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
-    fill(tmp_path / "checkpoint-3", old="old")
-    publish(fill(staging_folder(tmp_path) / "checkpoint-3", new="new"), tmp_path / "checkpoint-3")
-    assert sorted(path.name for path in (tmp_path / "checkpoint-3").iterdir()) == [MANIFEST, "new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+def test_a_state_that_cannot_be_saved_is_said(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    (tmp_path / "trainer_state.json").mkdir(parents=True)
+    with pytest.raises(TrainingStopped, match="trainer_state.json could not be saved in .*No checkpoint is in"):
+        trainer.save_state()
+    assert not (tmp_path / UNFINISHED).exists()
 
 
-def install_or_die(staged, root, left):
-    """Kill the process before its change number `left` of files in `root`."""
-
-    def count(event, arguments):
-        nonlocal left
-        if event in ("os.rename", "os.remove") and str(root) in str(arguments[0]):
-            left -= 1
-            if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(count)
-    install(staged, root)
-
-
-def loaded(folder):
-    """The weights that a folder gives; None where none load."""
-    try:
-        return AutoModel.from_pretrained(folder).state_dict()
-    except (OSError, ValueError):
-        return None
-
-
-@pytest.mark.parametrize("same_shape", [True, False], ids=["retrained", "another model"])
-def test_a_kill_while_the_model_is_replaced_leaves_the_old_or_the_new_one(tiny_checkpoint, tmp_path, same_shape):
-    """Killed before each change to the disk in turn: never a mixture, and afterwards the new one."""
-    new, old = shutil.copytree(tiny_checkpoint, tmp_path / "new"), shutil.copytree(tiny_checkpoint, tmp_path / "old")
-    model = AutoModel.from_pretrained(tiny_checkpoint)
-    torch.nn.init.ones_(model.spatial_embed_tokens.weight)
-    model.save_pretrained(new)
-    if not same_shape:  # what it says of itself, and how it is cut, differs as well
-        model.config.problem_type = "regression"
-        shutil.rmtree(old)
-        shutil.copytree(tiny_checkpoint, old, ignore=shutil.ignore_patterns("model*"))
-        AutoModel.from_pretrained(tiny_checkpoint).save_pretrained(old, max_shard_size="3MB")
-        model.save_pretrained(new)
-    outcomes, place = [], tmp_path / "place"
-    for left in range(100):
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(old, place)
-        staged = staging_folder(place)
-        shutil.copytree(new, staged, dirs_exist_ok=True)
-        process = multiprocessing.get_context("fork").Process(target=install_or_die, args=(staged, place, left))
-        process.start()
-        process.join(60)
-        weights = loaded(place)
-        if weights is None:
-            outcomes.append("none")
-        else:
-            is_new = torch.equal(weights["spatial_embed_tokens.weight"], model.spatial_embed_tokens.weight)
-            outcomes.append("new" if is_new else "old")
-            wanted = AutoModel.from_pretrained(new if is_new else old)
-            assert all(torch.equal(weights[name], value) for name, value in wanted.state_dict().items())
-            assert wanted.config.problem_type == AutoModel.from_pretrained(place).config.problem_type
-        moved = not staged.exists()
-        recover(place)
-        assert moved == torch.equal(loaded(place)["spatial_embed_tokens.weight"], model.spatial_embed_tokens.weight)
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
-    assert outcomes[0] == "old" and outcomes[-1] == "new"
-    assert ("none" in outcomes) == (not same_shape)
-    assert sorted(path.name for path in place.iterdir()) == sorted(path.name for path in new.iterdir())
-
-
-def test_an_old_adapter_does_not_outlive_the_whole_model_that_replaces_it(tmp_path):
-    fill(tmp_path, adapter_config__json="{}", adapter_model__safetensors="old", README__md="mine")
-    install(fill(staging_folder(tmp_path), config__json="{}", model__safetensors="new"), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    install(fill(staging_folder(tmp_path), adapter_config__json="{}", adapter_model__safetensors="a"), tmp_path)
-    assert (tmp_path / "model.safetensors").read_text() == "new"  # which the adapter may be of
-
-
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(kills):
-    short = ["--training.max_steps=12"] if kills == 1 else []
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kills", "short"), [(1, ["--training.max_steps=12"]), (3, ["--processes=2", "--training.max_steps=9"]), (20, [])]
+)
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(kills, short):
     command = [sys.executable, "scripts/kill_test.py", "--kills", str(kills), *short]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)

@@ -124,6 +124,8 @@ def test_the_shares_are_the_recipes(two_robots, tmp_path):
     panda, sawyer = (sum(row in part for row in rows) for part in train_set.rows.values())
     sizes = [len(part) for part in train_set.rows.values()]
     assert panda / sawyer == pytest.approx(sizes[0] / (0.5 * sizes[1]), rel=1e-2)
+    recipe.training.data_seed = 7
+    assert list(sampler(recipe, datasets, train_set)) != rows
     recipe = two_robots(tmp_path, data__datasets__1__weight=1.0)
     assert sampler(recipe, datasets, train_set) is None  # every row once: the Trainer's own order
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hf_vla.training.manifest import find_flaw
+from hf_vla.training.saving import find_flaw
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "scripts" / "accelerate"
@@ -87,6 +87,22 @@ def test_two_processes_go_on_where_they_were(demos, tmp_path):
 
 
 @pytest.mark.slow
+def test_nodes_that_do_not_see_the_checkpoints_do_not_start_anew(demos, tmp_path):
+    options = {"data.source": demos, "training.output_dir": tmp_path, "training.resume_from_checkpoint": "true"}
+    said = start(["apart"], "tinyvla_tiny", options, 2)
+    for process in range(2):
+        assert f"process {process}: Not all processes see the checkpoints ['{tmp_path}/checkpoint-2']" in said
+
+
+@pytest.mark.slow
+def test_two_processes_do_not_go_on_as_one(demos, tmp_path):
+    options = {"training.max_steps": 3, "training.resume_from_checkpoint": "true"}
+    learn(tmp_path, "tinyvla_tiny", 2, demos, **options)
+    with pytest.raises(AssertionError, match="num processes was 2, is 1. Resume with as many as then"):
+        learn(tmp_path, "tinyvla_tiny", 1, demos, **options)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(FAMILIES))
 def test_a_model_in_shards_learns_what_a_whole_one_learns(recipe, demos, tmp_path):
     """FSDP2 without accelerate, which makes it plain data parallelism on a CPU."""
@@ -104,7 +120,7 @@ def test_the_configurations_are_accelerates(name):
 
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))  # raises on names that it does not know
     wanted = {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}.get(name, "DEEPSPEED")
-    assert config.distributed_type == wanted and config.mixed_precision == "bf16"
+    assert config.distributed_type == wanted and config.mixed_precision == "no"
     if name == "fsdp2":
         assert config.fsdp_config["fsdp_version"] == 2
     if wanted == "DEEPSPEED":
@@ -120,6 +136,8 @@ def test_every_gpu_learns_and_goes_on(name, demos, tmp_path):
         pytest.importorskip("deepspeed")
     for max_steps in (4, 6):
         options = {"data.source": demos, "training.output_dir": tmp_path, "training.max_steps": max_steps}
+        options |= {"data.eval_episodes": "[3]", "training.eval_strategy": "steps", "training.eval_steps": 2}
+        options |= {"training.ema_decay": 0.9} if name == "ddp" else {}  # of whole weights alone
         options |= {"training.save_steps": 2, "training.resume_from_checkpoint": "true", "training.logging_steps": 1}
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
         command += ["--num_processes", str(torch.cuda.device_count()), "scripts/train.py"]
@@ -129,5 +147,6 @@ def test_every_gpu_learns_and_goes_on(name, demos, tmp_path):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in history if "eval_action_error" in entry][:3] == [2, 4, 6]
     assert all(find_flaw(tmp_path / f"checkpoint-{step}") is None for step in (2, 4, 6))
     assert load_file(tmp_path / "model.safetensors")

@@ -134,6 +134,7 @@ def test_only_what_is_trained_is_averaged_and_per_step(tiny_checkpoint, make_rec
     assert_close(loaded, {name.removeprefix("base_model.model."): v for name, v in averages(keep.steps)[2].items()})
 
 
+@pytest.mark.slow
 def test_the_best_model_is_the_average_of_its_time(make_recipe, tmp_path):
     options = {"training__load_best_model_at_end": True, "training__eval_strategy": "steps", "training__eval_steps": 1}
     options |= {"training__save_steps": 1, "training__max_steps": 2, "training__greater_is_better": True}
@@ -143,6 +144,22 @@ def test_the_best_model_is_the_average_of_its_time(make_recipe, tmp_path):
     best = json.loads((tmp_path / "trainer_state.json").read_text())["best_model_checkpoint"]
     assert Path(best).name == "checkpoint-1"  # the higher loss counts as better here
     assert_close(load_file(tmp_path / "model.safetensors"), averages(keep.steps)[0])
+
+
+@pytest.mark.parametrize("damage", ["gone", pytest.param("broken", marks=pytest.mark.slow)])
+def test_a_best_model_that_cannot_be_loaded_leaves_the_average(damage, make_recipe, tmp_path):
+    """The Trainer would go on with the last weights; the average would be lost with them."""
+
+    class Damage(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            weights = Path(state.best_model_checkpoint) / "model.safetensors"
+            weights.unlink() if damage == "gone" else weights.write_bytes(b"0")
+
+    options = {"training__load_best_model_at_end": True, "training__eval_strategy": "steps", "training__eval_steps": 1}
+    options |= {"training__save_steps": 1, "training__max_steps": 1, "training__eval_action_samples": 0}
+    with pytest.raises(ValueError, match="The best checkpoint, .*checkpoint-1, cannot be loaded"):
+        train(make_recipe(tmp_path, **OPTIONS | options), callbacks=[Damage()])
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -167,9 +184,12 @@ def test_two_processes_keep_one_average(make_recipe, demos, tmp_path):
 def test_resuming_with_another_idea_of_the_average_is_an_error(run, make_recipe, tmp_path):
     folder = shutil.copytree(run[0] / "checkpoint-3", tmp_path / "checkpoint-3")
     options = OPTIONS | {"training__resume_from_checkpoint": True}
+    with pytest.raises(ValueError, match="training.ema_decay was 0.3, is None"):
+        train(make_recipe(tmp_path, **options | {"training__ema_decay": None}))
+    for name in ("manifest.json", "recipe.yaml"):  # which would say first that the checkpoint has changed
+        (folder / name).unlink()
     with pytest.raises(ValueError, match="checkpoint-3 holds an average of the weights: set training.ema_decay"):
         train(make_recipe(tmp_path, **options | {"training__ema_decay": None}))
-    (folder / "manifest.json").unlink(missing_ok=True)  # it would say first that the checkpoint has changed
     tensors = load_file(folder / TRAINING_WEIGHTS)
     name = next(iter(tensors))
     save_file(tensors | {name: tensors[name][:1].clone()}, folder / TRAINING_WEIGHTS)

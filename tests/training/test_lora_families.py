@@ -20,6 +20,7 @@ from hf_vla.training.run import train
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 FAMILIES = ("divla", "pi0_vla", "spatialvla", "tinyvla")
+SLOW_BUT_PI0 = [pytest.param(each, marks=[pytest.mark.slow] * (each != "pi0_vla")) for each in FAMILIES]
 QUICK = {"training__max_steps": 2, "data__eval_episodes": [], "training__per_device_train_batch_size": 2}
 QUICK |= {"training__save_strategy": "no", "training__learning_rate": 1e-2}
 
@@ -118,7 +119,7 @@ def test_the_adapters_of_pi0_sit_in_language_model_and_expert(run):
     assert layers == {"vision_tower", "layers"}  # the expert always has some
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SLOW_BUT_PI0)
 def test_activation_checkpointing_changes_nothing(family, make_trainer, tmp_path):
     losses, options = [], {"training__max_steps": 2, "data__eval_episodes": []}
     for checkpointing in (False, True):
@@ -133,7 +134,7 @@ def test_activation_checkpointing_changes_nothing(family, make_trainer, tmp_path
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SLOW_BUT_PI0)
 def test_bfloat16_computes_with_float32_weights(family, make_trainer, tmp_path):
     options = {"training__max_steps": 1, "data__eval_episodes": [], "training__use_cpu": True}
     losses = {}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, TrainerCallback
 
 import hf_vla  # noqa: F401
+from hf_vla.models.processing import ContinuousActionProcessor
 from hf_vla.policy import Policy
 from hf_vla.training.builders.registry import build
 from hf_vla.training.datasets import open_datasets
@@ -129,24 +130,68 @@ def test_an_adapter_takes_its_own_base_and_not_what_lies_where_it_was(tinyvla_ru
     assert np.array_equal(Policy.from_pretrained(moved, seed=0).predict_chunk(demo_item), wanted)
 
 
-def make(recipe):
-    return build(recipe, open_datasets(recipe.data))
+def make(recipe, checkpoint=None):
+    return build(recipe, open_datasets(recipe.data), checkpoint)[0]
 
 
-def test_resuming_keeps_the_base_that_is_there(tinyvla_run, tmp_path):
-    shutil.copytree(tinyvla_run.folder / "base", tmp_path / "base")
-    before = load_file(tmp_path / "base" / "model.safetensors")
+def test_resuming_takes_the_base_of_the_checkpoint(tinyvla_run, tmp_path):
+    """Another seed draws another head; the base comes along where the training goes on elsewhere."""
+    before = load_file(tinyvla_run.folder / "base" / "model.safetensors")
     torch.manual_seed(7)
-    model, _ = make(tinyvla_run.recipe(tmp_path, training__resume_from_checkpoint=True))
-    after = load_file(tmp_path / "base" / "model.safetensors")
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    model = make(tinyvla_run.recipe(tmp_path), str(tinyvla_run.folder / "checkpoint-2"))
     head = model.get_base_model().action_head.original_module.state_dict()
     assert all(torch.equal(value, before[f"action_head.{name}"]) for name, value in head.items())
+    own = load_file(tmp_path / "base" / "model.safetensors")
+    assert all(torch.equal(before[name], own[name]) for name in before)
+    assert AutoProcessor.from_pretrained(tmp_path / "base").statistics.keys() == {"robosuite_demos"}
+    assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
+
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    shutil.copytree(tinyvla_run.folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    make(tinyvla_run.recipe(tmp_path), str(tmp_path / "checkpoint-2"))
+    assert {path: path.stat().st_mtime_ns for path in written if path != tmp_path} == {
+        path: time for path, time in written.items() if path != tmp_path
+    }
+
+
+def test_without_a_checkpoint_the_base_of_an_earlier_try_is_replaced(tinyvla_run, tmp_path):
+    """Also where resuming was asked for, as a script that is started again and again does."""
+    shutil.copytree(tinyvla_run.folder / "base", tmp_path / "base")
+    (tmp_path / "base" / "left.safetensors").touch()
+    other = {"model__config": {"head_config": {"type": "regression"}}, "training__max_steps": 1}
+    train(tinyvla_run.recipe(tmp_path, **other, training__resume_from_checkpoint=True))
+    for folder in (tmp_path, tmp_path / "base"):
+        assert AutoModel.from_pretrained(folder).config.head_config["type"] == "regression"
+    assert not (tmp_path / "base" / "left.safetensors").exists()
+    with pytest.raises(ValueError, match="The recipe gives the model head_config .*, .*checkpoint-1 was trained with"):
+        train(tinyvla_run.recipe(tmp_path, training__resume_from_checkpoint=True))
+    assert AutoModel.from_pretrained(tmp_path / "base").config.head_config["type"] == "regression"  # as it was
+
+
+def test_a_base_that_cannot_be_saved_leaves_the_earlier_one(tinyvla_run, tmp_path, monkeypatch):
+    shutil.copytree(tinyvla_run.folder / "base", tmp_path / "base")
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(ContinuousActionProcessor, "save_pretrained", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make(tinyvla_run.recipe(tmp_path, training__seed=7))
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+
+
+def test_whole_weights_are_not_gone_on_from_with_adapters(tinyvla_run, tmp_path):
+    with pytest.raises(ValueError, match="base holds whole weights, no adapters: leave model.lora out"):
+        make(tinyvla_run.recipe(tmp_path), str(tinyvla_run.folder / "base"))
+
+
+def test_a_base_beside_the_adapters_of_another_model_is_an_error(tinyvla_run, tmp_path):
+    shutil.copytree(tinyvla_run.folder / "base", tmp_path / "base")
+    options = {"model__backbone": None, "model__config": None, "model__path": str(tinyvla_run.folder / "base")}
+    with pytest.raises(ValueError, match=r"base is what another training's adapters were added to, and would be"):
+        make(tinyvla_run.recipe(tmp_path, **options))
 
 
 def test_one_process_saves_the_base_and_all_know_its_name(tinyvla_run, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_vla.training.arguments.VLATrainingArguments.should_save", False)
-    model, _ = make(tinyvla_run.recipe(tmp_path))
+    model = make(tinyvla_run.recipe(tmp_path))
     assert not (tmp_path / "base").exists()
     assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
 
@@ -177,6 +222,7 @@ def test_a_divla_adapter_carries_all_that_was_trained(divla_run, demo_item, tmp_
     torch.testing.assert_close(predict(again, processor, demo_item, **said), wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_resuming_a_divla_adapter_equals_an_uninterrupted_run(divla_run, tmp_path):
     checkpoint = str(divla_run.folder / "checkpoint-2")
     train(divla_run.recipe(tmp_path, training__resume_from_checkpoint=checkpoint, training__save_strategy="no"))
@@ -188,7 +234,9 @@ def test_resuming_a_divla_adapter_equals_an_uninterrupted_run(divla_run, tmp_pat
 BFLOAT16 = {"model__dtype": "bfloat16", "training__bf16": True, "training__use_cpu": True}
 
 
-@pytest.mark.parametrize("family", ["divla", "spatialvla", "tinyvla"])
+@pytest.mark.parametrize(
+    "family", ["tinyvla", *(pytest.param(each, marks=pytest.mark.slow) for each in ("divla", "spatialvla"))]
+)
 def test_what_is_trained_is_float32_on_a_bfloat16_model(
     family, divla_run, tinyvla_run, tiny_checkpoint, small_head, make_recipe, tmp_path, demo_item
 ):

@@ -20,7 +20,7 @@ FAMILIES = ("divla", "pi0_vla", "spatialvla", "tinyvla")
 
 def arguments(optim="adamw_torch_fused", **options):
     defaults = {"world_size": 1, "ema_decay": None, "bf16": False, "fp16": False, "activation_checkpointing": False}
-    return SimpleNamespace(optim=SimpleNamespace(value=optim), **defaults | options)
+    return SimpleNamespace(optim=SimpleNamespace(value=optim), **{"optim_args": None} | defaults | options)
 
 
 def batch_of(trainer):
@@ -47,7 +47,7 @@ def kept(model, batch, bf16=False):
     return sum(storage.nbytes() for storage in storages.values())
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_activations_are_those_that_autograd_keeps(family, bf16, make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, f"{family}_tiny")
@@ -78,9 +78,20 @@ def test_checkpointed_layers_keep_their_inputs_and_one_inside(make_trainer, tmp_
     assert model.is_activation_checkpointing  # as it was
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor", "adagrad", "rmsprop"])
-def test_states_are_those_of_the_optimizer(optim, make_trainer, tmp_path):
-    trainer = make_trainer(tmp_path, "tinyvla_tiny", training__optim=optim)
+@pytest.mark.parametrize(
+    ("optim", "options"),
+    [
+        ("adamw_torch", None),
+        ("sgd", None),
+        ("sgd", "momentum=0.9"),
+        ("adafactor", None),
+        ("adagrad", None),
+        ("rmsprop", None),
+        ("rmsprop", "momentum=0.9, centered=True"),
+    ],
+)
+def test_states_are_those_of_the_optimizer(optim, options, make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, "tinyvla_tiny", training__optim=optim, training__optim_args=options)
     optimizer = trainer.create_optimizer()
     for parameter in trainer.model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -88,7 +99,32 @@ def test_states_are_those_of_the_optimizer(optim, make_trainer, tmp_path):
     real = sum(
         value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
     )
-    assert estimate_memory(trainer.model, arguments(optim)).optimizer == pytest.approx(real, rel=0.01, abs=2000)
+    estimate = estimate_memory(trainer.model, arguments(optim, optim_args=options)).optimizer
+    assert estimate == pytest.approx(real, rel=0.01, abs=2000)
+
+
+@pytest.mark.parametrize(
+    ("optim", "size"),  # of a number, in bytes
+    [
+        ("adamw_torch_fused", 8),
+        ("adamw_8bit", 2 * (1 + 4 / 256)),
+        ("adamw_torch_4bit", 2 * (0.5 + 4 / 128)),
+        ("ademamix", 12),
+        ("ademamix_8bit", 3 * (1 + 4 / 256)),
+        ("lion_32bit", 4),
+        ("paged_adamw_32bit", 0),
+        ("galore_adamw", None),
+        ("lomo", None),
+        ("schedule_free_adamw", None),
+    ],
+)
+def test_states_of_optimizers_that_are_not_installed(optim, size):
+    model = torch.nn.Linear(100, 50)
+    small = 4 * 50 * (0 if not size else {8: 2, 12: 3, 4: 1}.get(size, 3 if "ademamix" in optim else 2))
+    estimate = estimate_memory(model, arguments(optim))
+    assert estimate.optimizer == (None if size is None else int(5000 * size + small))
+    assert ("unknown" in str(estimate).splitlines()[2]) == (size is None)
+    assert estimate.lasting == 2 * 4 * 5050 + (estimate.optimizer or 0)
 
 
 def test_adapters_take_less(make_trainer, tmp_path):
@@ -129,6 +165,31 @@ def test_the_estimate_is_logged_before_training(make_trainer, tmp_path, caplog):
     rows = dict(line.split(maxsplit=1) for line in table.splitlines()[1:])
     assert list(rows) == ["weights", "gradients", "optimizer", "average", "activations", "logits", "total"]
     assert rows["weights"] == "0.0069 GB" and rows["average"] == "0 GB"
+
+
+class Rows(torch.utils.data.IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def test_of_a_stream_activations_are_not_known(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, "tinyvla_tiny", training__estimate_memory=True, training__max_steps=1)
+    trainer.train_dataset = Rows([trainer.train_dataset[row] for row in range(2)])
+    estimate = trainer.report_memory()
+    assert estimate.activations is None and estimate.lasting > 0
+    trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+def test_what_is_cut_into_shards_is_not_estimated(kind, make_trainer, tmp_path, caplog):
+    trainer = make_trainer(tmp_path)
+    setattr(trainer, f"is_{kind}_enabled", True)
+    with caplog.at_level(logging.INFO, "hf_vla.training.trainer"):
+        assert trainer.report_memory() is None
+    assert "Memory is not estimated: FSDP and DeepSpeed cut into shards" in caplog.text
 
 
 def test_what_a_device_cannot_hold(caplog):

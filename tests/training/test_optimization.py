@@ -90,6 +90,21 @@ def test_a_frozen_backbone_leaves_head_and_action_tokens(family):
     )
 
 
+def test_readout_tokens_of_a_new_model_cannot_stay_random(make_trainer, tmp_path):
+    """They are rows of the embedding, which is frozen; a checkpoint's have been trained."""
+    with pytest.raises(ValueError, match="the 2 readout tokens of a new model are still random: train them by"):
+        freeze_backbone(tiny("tinyvla"), is_new=True)
+    options = {"model__tune": "head", "data__eval_episodes": []}
+    with pytest.raises(ValueError, match="the 1 readout tokens of a new model"):
+        make_trainer(tmp_path, "octo", **options)
+    make_trainer(tmp_path, "octo", data__eval_episodes=[]).save_model()
+    model = make_trainer(tmp_path, "octo", **options, **OF_A_CHECKPOINT, model__path=str(tmp_path)).model
+    assert list(parameter_groups(model)) == ["head"]
+
+
+OF_A_CHECKPOINT = {"model__preset": None, "model__config": None}
+
+
 def test_a_model_without_a_head_cannot_be_trained_so():
     with pytest.raises(ValueError, match="model.tune: head leaves nothing of this Linear to be trained"):
         freeze_backbone(torch.nn.Linear(2, 2))

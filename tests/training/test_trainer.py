@@ -142,7 +142,9 @@ def test_resuming_equals_an_uninterrupted_run(run, make_recipe, tmp_path):
 
 def test_resuming_takes_every_weight_from_the_checkpoint(run, make_recipe, tmp_path):
     """Another seed builds other random weights; none of them may be left, not even in the frozen depth model."""
-    shutil.copytree(run[0] / "checkpoint-6", tmp_path / "checkpoint-6")
+    checkpoint = shutil.copytree(run[0] / "checkpoint-6", tmp_path / "checkpoint-6")
+    for name in ("manifest.json", "recipe.yaml"):  # by which another seed would be refused
+        (checkpoint / name).unlink()
     train(make_recipe(tmp_path, training__resume_from_checkpoint=True, training__seed=7))
     assert_same_weights(tmp_path, run[0])
 

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_vla.models.names import refuse_unknown
+
+BASE = "base"  # folder of a model that adapters of a training were added to, beside them
 
 
 class VLAPreTrainedModel(PreTrainedModel):
@@ -29,16 +33,21 @@ class VLAPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         """Load a checkpoint; arguments and result are those of [`~transformers.PreTrainedModel.from_pretrained`].
 
-        The base model of an adapter is the folder `base` that was saved with it, or is looked for where it was.
+        The base model of an adapter is the folder `base` that was saved with it, or is looked for where it was; on the
+        Hub likewise.
 
         Raises:
             ValueError: the checkpoint lacks weights of the model, or holds them in another shape, or an adapter's base
                 model is nowhere.
         """
-        if (base := _base_of_adapter(Path(str(pretrained_model_name_or_path)))) is not None:
-            adapter = {"_adapter_model_path": str(pretrained_model_name_or_path)}
-            kwargs["adapter_kwargs"] = (kwargs.get("adapter_kwargs") or {}) | adapter
-            pretrained_model_name_or_path = base
+        adapter = str(pretrained_model_name_or_path)
+        pretrained_model_name_or_path = base_of_adapter(Path(adapter)) or pretrained_model_name_or_path
+        in_repository = not kwargs.get("subfolder") and _has_base(pretrained_model_name_or_path, kwargs)
+        if in_repository:
+            kwargs["subfolder"] = BASE
+        if in_repository or str(pretrained_model_name_or_path) != adapter:
+            given = kwargs.get("adapter_kwargs") or {}
+            kwargs["adapter_kwargs"] = {"subfolder": "", "_adapter_model_path": adapter, **given}
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
@@ -105,24 +114,38 @@ def check_folder(path: str | Path, name: str) -> None:
         raise FileNotFoundError(f"{name}: no such folder.{hint}")
 
 
-def _base_of_adapter(folder: Path) -> str | None:
-    """Folder or Hub name of the model that an adapter adapts; None where the folder holds none, or whole weights."""
+def base_of_adapter(folder: Path) -> str | None:
+    """Folder or Hub name of the model that an adapter adapts; None where the folder holds none, or whole weights.
+
+    Raises:
+        ValueError: it is nowhere.
+    """
     adapter = folder / "adapter_config.json"
     if not adapter.is_file() or any(folder.glob("model*.safetensors*")):
         return None
     recorded = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    if not Path(recorded).is_absolute():
-        return recorded
-    beside = [folder / "base"] + [folder.parent / "base"] * folder.name.startswith("checkpoint-")
     # A base that was saved with its adapters moves with them, and another run's may lie where it was.
-    places = [*beside, Path(recorded)] if Path(recorded).name == "base" else [Path(recorded), *beside]
-    for base in places:
+    beside = [folder / BASE] + [folder.parent / BASE] * ("checkpoint" in folder.name)
+    for base in [*beside, Path(recorded)]:
         if (base / "config.json").is_file():
             return str(base)
+    if not Path(recorded).is_absolute():
+        return recorded
     raise ValueError(
         f"{str(folder)!r} is an adapter of {recorded!r}, which is not there: put it back, lay it in {beside[0]}, or "
         "correct base_model_name_or_path in adapter_config.json."
     )
+
+
+def _has_base(name: str | Path | None, options: dict[str, Any]) -> bool:
+    """Whether this is a repository on the Hub that holds an adapter, and its base model in a folder."""
+    if name is None or Path(name).exists():
+        return False
+    names = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
+    hub = {each: options[each] for each in names if each in options}
+    if find_adapter_config_file(name, **hub) is None:
+        return False
+    return cached_file(name, f"{BASE}/config.json", **hub, _raise_exceptions_for_missing_entries=False) is not None
 
 
 def _set_dtype_of_parts(config: PreTrainedConfig, dtype: torch.dtype) -> None:

@@ -1,15 +1,18 @@
 """The sections model and training of a recipe."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.optimization import get_scheduler
 
 from hf_vla.training.ema import check_average
 from hf_vla.training.optimization import GROUPS
-from hf_vla.training.trackers import check_trackers
 
 TUNES = ("full", "head")
 QUANTIZATIONS = (None, "4bit", "8bit")
@@ -140,8 +143,8 @@ class VLATrainingArguments(TrainingArguments):
     """[`~transformers.TrainingArguments`] with other defaults.
 
     Args:
-        eval_action_samples (`int`): frames, evenly spread over the held-out episodes, on which an evaluation predicts
-            actions and compares them with the recorded ones.
+        eval_action_samples (`int`): frames of each dataset, evenly spread over its held-out episodes, on which an
+            evaluation predicts actions and compares them with the recorded ones; of a stream, its first.
         learning_rates (`dict[str, float]`, *optional*): above 0, of groups of parameters that do not learn at
             `learning_rate`: "backbone", "lora" (adapters), "head" (action head, projectors, ...) and "embeddings", see
             [`~hf_vla.training.optimization.parameter_groups`].
@@ -167,7 +170,16 @@ class VLATrainingArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)  # else torch only warns
 
     def __post_init__(self):
+        if self.greater_is_better is None and "action_error" in (self.metric_for_best_model or ""):
+            self.greater_is_better = False  # transformers takes for a loss only what is called one
         super().__post_init__()
+        if self.label_smoothing_factor:
+            raise ValueError("training.label_smoothing_factor: the models have losses of their own, leave it out.")
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                "training.train_sampling_strategy: the order of the rows is that of data.shuffle and data.balance, "
+                "leave it out."
+            )
         for name, rate in (self.learning_rates or {}).items():
             if name not in GROUPS:
                 hint = "".join(f" Did you mean {close}?" for close in get_close_matches(name, GROUPS, n=1))
@@ -179,9 +191,50 @@ class VLATrainingArguments(TrainingArguments):
                 )
         check_average(self)
         check_trackers(self.report_to)
+        self._check_schedule()
         if self.activation_checkpointing and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed cut the weights; `accelerate launch` says so in its processes' environment."""
+        names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+        return bool(self.fsdp or self.deepspeed) or any(parse_flag_from_env(name) for name in names)
+
+    def _check_schedule(self):
+        """Make the schedule of an optimizer that has nothing to learn."""
+        kind, options = self.lr_scheduler_type.value, self.lr_scheduler_kwargs
+        optimizer = torch.optim.SGD([torch.zeros(())], lr=self.learning_rate)
+        try:
+            get_scheduler(kind, optimizer, num_warmup_steps=1, num_training_steps=2, scheduler_specific_kwargs=options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"training.lr_scheduler_kwargs {options} do not suit training.lr_scheduler_type {kind}: {error}"
+            ) from error
 
     def __getstate__(self):
         """Leave the token out where arguments are pickled: the Trainer does so beside the weights that it pushes."""
         return {**self.__dict__, "hub_token": None}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise before anything is loaded where `training.report_to` names a tracker that will not start.
+
+    Args:
+        names (`Sequence[str]`): as in `TrainingArguments.report_to`.
+
+    Raises:
+        ValueError: one is unknown, or not installed.
+    """
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            close = get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {sorted(INTEGRATION_TO_CALLBACK)}."
+            raise ValueError(f"training.report_to: no tracker is called {name!r}; {hint}")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()  # looks for its package and imports it
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(
+                f"training.report_to: {name} is not installed: `pip install {name.replace('_', '-')}`, or leave it "
+                f"out. ({error})"
+            ) from error

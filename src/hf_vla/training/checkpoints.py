@@ -10,36 +10,52 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_vla.training.manifest import MANIFEST, find_flaw
-from hf_vla.training.saving import clear, recover, remove
+from hf_vla.training.saving import MANIFEST, clear, find_flaw, read_facts, recover, remove
 
 logger = logging.getLogger(__name__)
 
 
-def checkpoint_to_resume(arguments) -> str | None:
-    """Find the checkpoint that `arguments.resume_from_checkpoint` asks for; None to start anew.
+class CheckedCheckpoint(str):
+    """Folder of a checkpoint that was found to be whole, which takes long where it is large: once is enough."""
 
-    First, what a killed process has left unfinished in `output_dir` is finished or removed. True takes the newest
-    checkpoint whose files are as they were written, with a warning for those that are not; it starts anew where no
-    save was ever finished.
+
+def checkpoint_to_resume(arguments, wanted: bool | str | None = None) -> CheckedCheckpoint | None:
+    """Find the checkpoint that a training goes on from; None to start anew.
+
+    First, what a killed process has left unfinished in `output_dir` is finished or removed.
+
+    Args:
+        arguments (`VLATrainingArguments`): of the run.
+        wanted (`bool` or `str`, *optional*): a folder; or True for the newest checkpoint whose files are as they were
+            written, with a warning for those that are not, and None where no save was ever finished;
+            `arguments.resume_from_checkpoint` by default.
 
     Raises:
         ValueError: the folder named is no complete checkpoint, or none of several is; a file that exact resuming needs
-            is missing.
+            is missing; other processes or rows a step learnt it; not all processes see it.
     """
-    root, wanted = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    root = Path(arguments.output_dir)
+    wanted = arguments.resume_from_checkpoint if wanted is None else wanted
+    if isinstance(wanted, CheckedCheckpoint):
+        return wanted
     if arguments.should_save:
         recover(root)
     if not wanted:
         return None
     # the main process's view, once it has tidied up
     folders = broadcast_object_list([_newest_first(root) if wanted is True else [Path(wanted)]])[0]
+    seen = gather_object([[folder.is_dir() for folder in folders]])
+    if any(other != seen[0] for other in seen):
+        raise ValueError(
+            f"Not all processes see the checkpoints {[str(folder) for folder in folders]}: training.output_dir must "
+            "be a folder that all nodes share."
+        )
     damaged = []
     for folder in folders:
         flaws = gather_object([_flaw(folder, arguments)])
         unfinished, flaw = next((found for found in flaws if found is not None), (False, None))
         if flaw is None:
-            return str(folder)
+            return CheckedCheckpoint(folder)
         if wanted is not True:
             raise ValueError(f"{folder} {flaw}. Restore it, or resume from another checkpoint.")
         logger.warning("%s %s and is passed over.", folder, flaw)
@@ -64,22 +80,23 @@ def last_good(root: Path) -> str:
 
 def rotate(root: Path, limit: int, kept: list) -> None:
     """Delete the oldest checkpoints beyond a limit, but none of `kept`."""
-    kept = [Path(folder) for folder in kept if folder is not None]
-    others = sorted(
-        (folder for folder in _newest_first(root) if folder not in kept),
-        key=lambda folder: folder.stat().st_mtime_ns,  # of equal ones, the higher step is the newer
-        reverse=True,
-    )
-    present = [folder for folder in dict.fromkeys(kept) if folder.is_dir()]
-    for folder in others[max(limit - len(present), 0) :]:
+    kept = {Path(folder).resolve() for folder in kept if folder is not None}
+    folders = _newest_first(root)
+    others = [folder for folder in folders if folder.resolve() not in kept]
+    for folder in others[max(limit - (len(folders) - len(others)), 0) :]:
         remove(folder)
-    clear(root)
+    clear(root, "deleting")
 
 
 def _newest_first(root):
-    folders = root.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    steps = {int(step): folder for folder in folders if (step := folder.name.rpartition("-")[2]).isdigit()}
-    return [folder for _, folder in sorted(steps.items(), reverse=True)]
+    """Checkpoints by the time at which they were saved: after going back to an earlier one, its steps count again."""
+    steps = {folder: folder.name.rpartition("-")[2] for folder in root.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    times = {  # of another tool's, or an older version's, the folder's own
+        folder: (read_facts(folder).get("time", folder.stat().st_mtime), int(step))
+        for folder, step in steps.items()
+        if step.isdigit()
+    }
+    return sorted(times, key=times.get, reverse=True)
 
 
 def _flaw(folder, arguments):
@@ -87,16 +104,18 @@ def _flaw(folder, arguments):
     found = _own_flaw(folder, checksums=arguments.should_save)  # one process reads for all
     if found is not None:
         return found
+    check_same_layout(folder, arguments)
     rng = "rng_state.pth" if arguments.world_size == 1 else f"rng_state_{arguments.process_index}.pth"
     # Sharded optimizers (FSDP, DeepSpeed) have other names, and checks of their own.
-    sharded = arguments.fsdp or arguments.deepspeed
-    needed = (rng,) if sharded else ("optimizer.pt", "scheduler.pt", rng)
+    needed = (rng,) if arguments.sharded else ("optimizer.pt", "scheduler.pt", rng)
     if missing := [name for name in needed if not (folder / name).is_file()]:
         return False, f"lacks {missing}: resuming would go on with fresh ones"
     return None
 
 
 def _own_flaw(folder, checksums):
+    if not folder.is_dir():
+        return True, "is no folder"
     if (folder / MANIFEST).is_file():
         flaw = find_flaw(folder, checksums)
         return None if flaw is None else (False, f"is damaged: {flaw}")
@@ -104,15 +123,38 @@ def _own_flaw(folder, checksums):
         complete = "global_step" in json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         complete = False
-    return (
-        None
-        if complete
-        else (
-            True,
-            f"is no complete checkpoint (killed in mid-save?): it has no {MANIFEST}, and "
-            f"its {TRAINER_STATE_NAME} is missing or broken",
-        )
+    if complete:
+        return None
+    return True, (
+        f"is no complete checkpoint (killed in mid-save?): it has no {MANIFEST}, and its {TRAINER_STATE_NAME} is "
+        "missing or broken"
     )
+
+
+def layout(arguments) -> dict[str, int]:
+    """How the rows of a step are dealt out, for a checkpoint's manifest; no number of rows where the Trainer finds it.
+
+    Each process goes on with random numbers, and with rows, of its own.
+    """
+    rows = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    found = {} if arguments.auto_find_batch_size else {"rows_per_step": rows}
+    return {"num_processes": arguments.world_size} | found
+
+
+def check_same_layout(checkpoint: Path, arguments) -> None:
+    """Check that as many processes go on from a checkpoint as saved it, with as many rows a step.
+
+    Raises:
+        ValueError: they are more or fewer.
+    """
+    saved, given = read_facts(checkpoint), layout(arguments)
+    differing = [name for name in given if saved.get(name, given[name]) != given[name]]
+    if differing:
+        both = "; ".join(f"{name.replace('_', ' ')} was {saved[name]}, is {given[name]}" for name in differing)
+        raise ValueError(
+            f"Rows would come twice or never, if this run went on from {checkpoint}: {both}. Resume with as many as "
+            "then, or start a new run from its weights, as model.path."
+        )
 
 
 def check_same_robot(checkpoint: str, processor) -> None:

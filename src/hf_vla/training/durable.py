@@ -4,20 +4,65 @@ import json
 import logging
 import math
 import shutil
+import time
+from collections.abc import Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils.hub import PushInProgress, hf_api
 
-from hf_vla.training.checkpoints import last_good, rotate
-from hf_vla.training.faults import RowsOfBatch, TrainingStopped, describe_rows, one_line
-from hf_vla.training.saving import UNFINISHED, clear, install, publish, staging_folder
+from hf_vla.training.callbacks import EvaluationLeft, StopOnTermination
+from hf_vla.training.checkpoints import checkpoint_to_resume, last_good, layout, rotate
+from hf_vla.training.resolved import RECIPE, check_same_recipe, resolved, write_recipe
+from hf_vla.training.saving import MANIFEST, UNFINISHED, clear, install, publish, staging_folder
 
 logger = logging.getLogger(__name__)
+
+# What a checkpoint has beside the model, by which a training goes on.
+NOT_OF_A_MODEL = (
+    *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "unlogged_*", "training_weights*", TRAINER_STATE_NAME),
+    *(RECIPE, MANIFEST, "README.md", "latest", "zero_to_fp32.py", "global_step*/*", "pytorch_model_fsdp*"),
+)
+
+
+class TrainingStopped(ValueError):
+    """A training cannot go on; the message says why, and which checkpoint is the last good one."""
+
+
+def one_line(error: BaseException) -> str:
+    """Say in one line what happened, of errors that come from a worker of the data loader as well."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()] or [""]
+    return lines[-1] if "Original Traceback" in str(error) else f"{type(error).__name__}: {lines[0]}"
+
+
+class RowsOfBatch:
+    """A collator whose batches also say, as `rows`, which rows of which dataset they are made of, where items tell."""
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def __call__(self, items):
+        """Make a batch."""
+        batch = self.collator(items)
+        told = [item for item in items if isinstance(item, Mapping) and "index" in item]
+        batch["rows"] = [(item.get("dataset"), int(item["index"])) for item in told]
+        return batch
+
+
+def describe_rows(rows: list[tuple[str | None, int]]) -> str:
+    """Say which rows of which datasets these are."""
+    named = {}
+    for dataset, row in rows:
+        named.setdefault(dataset, []).append(row)
+    parts = (f"rows {members}" + (f" of {dataset}" if dataset else "") for dataset, members in named.items())
+    return " and ".join(parts) or "unknown rows"
 
 
 class DurableTrainer(Trainer):
@@ -25,11 +70,22 @@ class DurableTrainer(Trainer):
 
     A checkpoint is written beside its place and moved there when every process has written its part; its manifest
     tells later whether it still is what was written. The model that is saved at the end is replaced likewise. Batches
-    that cannot be read, losses that are not finite and disks that are full raise
-    [`~hf_vla.training.faults.TrainingStopped`], and leave the last good checkpoint as it is.
+    that cannot be read, losses that are not finite, memory or disks that are full raise [`TrainingStopped`], and
+    leave the last good checkpoint as it is.
+
+    Args:
+        recipe (`Recipe`, *optional*): of the run. It is saved with every checkpoint, the training arguments at least,
+            and compared where one is gone on from.
+        args, kwargs: see [`~transformers.Trainer`].
     """
 
-    _staging: Path | None = None  # where a save under way writes to
+    def __init__(self, *args, recipe=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._recipe = resolved(self.args, recipe)
+        self._staging: Path | None = None  # where a save under way writes to
+        self._losses_of_step = []
+        self._pushed = []  # folders that uploads under way may still read
+        self.parts_of_loss = {}  # of the last batch; set by a subclass whose models return them
 
     def get_train_dataloader(self):
         """Return the Trainer's, whose batches also say which rows they are made of."""
@@ -52,18 +108,24 @@ class DurableTrainer(Trainer):
         root, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with self._saving(root, name) as staging:
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                write_recipe(self._recipe, staging / name)
             if self.state.best_model_checkpoint == str(staging / name):
                 self.state.best_model_checkpoint = str(root / name)
                 if self.args.should_save:
                     self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
             self.accelerator.wait_for_everyone()  # only what all have written is complete
             if self.args.should_save:
-                publish(staging / name, root / name)
+                publish(staging / name, root / name, time=time.time(), **layout(self.args))
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(root / name))
         if self.args.should_save and self.args.save_total_limit:
-            rotate(root, self.args.save_total_limit, [root / name, self.state.best_model_checkpoint])
+            kept = [root / name, self.state.best_model_checkpoint, *self._being_pushed()]
+            try:
+                rotate(root, self.args.save_total_limit, kept)
+            except OSError as error:
+                logger.warning("Older checkpoints in %s could not be deleted: %s", root, one_line(error))
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Save the model: until all of it is written, the folder keeps what it had."""
@@ -83,14 +145,14 @@ class DurableTrainer(Trainer):
         """Save the state: until all of it is written, the folder keeps what it had."""
         if self.is_world_process_zero():
             root = Path(self.args.output_dir)
-            path = staging_folder(root) / TRAINER_STATE_NAME
-            self.state.save_to_json(str(path))
-            path.replace(root / TRAINER_STATE_NAME)
-            clear(root)
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)
+            try:
+                path = staging_folder(root) / TRAINER_STATE_NAME
+                self.state.save_to_json(str(path))
+                path.replace(root / TRAINER_STATE_NAME)
+            except OSError as error:
+                raise self._not_saved(root, TRAINER_STATE_NAME, error) from error
+            finally:
+                clear(root, "saving")
 
     @contextmanager
     def _saving(self, root, what):
@@ -101,15 +163,58 @@ class DurableTrainer(Trainer):
             self._staging = root / UNFINISHED / "saving"
             yield self._staging
         except (OSError, RuntimeError, SafetensorError) as error:
-            free = shutil.disk_usage(root).free if root.exists() else 0
+            stop = self._not_saved(root, what, error)
             if self.args.should_save:
-                clear(root)
-            raise TrainingStopped(
-                f"{what} could not be saved in {root}, where {free / 1e9:.1f} GB are "
-                f"free ({one_line(error)}). {last_good(root)}"
-            ) from error
+                clear(root, "saving")
+            raise stop from error
         finally:
             self._staging = None
+
+    def _not_saved(self, root, what, error):
+        free = shutil.disk_usage(root).free if root.exists() else 0
+        return TrainingStopped(
+            f"{what} could not be saved in {root}, where {free / 1e9:.1f} GB are free ({one_line(error)}). "
+            f"{last_good(root)}"
+        )
+
+    # Pushing
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Push what is in the checkpoint; the Trainer would copy it into `output_dir` first, file by file."""
+        args = self.args
+        if self._staging is not None or not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        self._pushed = self._being_pushed()
+        if self._pushed and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        upload = partial(
+            hf_api().upload_folder,
+            repo_id=self.hub_model_id,
+            token=args.hub_token,
+            revision=args.hub_revision,
+            run_as_future=True,
+        )
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = [upload(folder_path=checkpoint_folder, ignore_patterns=NOT_OF_A_MODEL, commit_message=message)]
+        base = Path(args.output_dir, "base")  # of adapters to a new model, see `build`
+        if self.push_in_progress is None and base.is_dir():
+            jobs.append(upload(folder_path=base, path_in_repo="base", commit_message=f"{message}, base model"))
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = args.hub_strategy == HubStrategy.CHECKPOINT
+            place = "last-checkpoint" if last else Path(checkpoint_folder).name
+            jobs.append(
+                upload(folder_path=checkpoint_folder, path_in_repo=place, commit_message=f"{message}, checkpoint")
+            )
+        self._pushed.append(checkpoint_folder)
+        self.push_in_progress = PushInProgress([*self._jobs_under_way(), *jobs])
+
+    def _jobs_under_way(self):
+        push = getattr(self, "push_in_progress", None)
+        return [] if push is None else [job for job in push.jobs if not job.done()]
+
+    def _being_pushed(self):
+        return self._pushed if self._jobs_under_way() else []
 
     # Resuming
 
@@ -118,6 +223,8 @@ class DurableTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if hasattr(self.train_dataset, "set_epoch"):  # accelerate forgets it where batches are skipped or shared out
+            self.train_dataset.set_epoch(epoch)
         if epoch == epochs_trained and resume_from_checkpoint is not None:
             path = Path(resume_from_checkpoint) / self._unlogged_name()
             if path.is_file():
@@ -147,8 +254,14 @@ class DurableTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Read the batches of a step."""
-        try:
+        with self.reading():
             return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    @contextmanager
+    def reading(self):
+        """Turn what goes wrong while data are read into a fault."""
+        try:
+            yield
         except Exception as error:
             raise TrainingStopped(
                 f"After step {self.state.global_step}, data could not be read: {one_line(error)} "
@@ -160,31 +273,101 @@ class DurableTrainer(Trainer):
         rows = inputs.pop("rows", [])
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        except ValueError as error:  # of a model that refuses what it was given
+        except (ValueError, RuntimeError) as error:  # of a model that refuses what it was given
+            hint = self._hint("train", error)
+            if isinstance(error, RuntimeError) and (hint is None or self.args.auto_find_batch_size):
+                raise
             raise TrainingStopped(
                 f"Step {self.state.global_step + 1} was not taken with a batch of {describe_rows(rows)}: "
-                f"{one_line(error)} {last_good(Path(self.args.output_dir))}"
+                f"{one_line(error)} {hint or ''}{last_good(Path(self.args.output_dir))}"
             ) from error
         self._losses_of_step.append((rows, {**self.parts_of_loss, "loss": loss}))
         return loss
 
-    parts_of_loss: dict = {}
-    """Of the last batch; set by a subclass whose models return them."""
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Check the loss before DeepSpeed sees it, whose backward pass also takes the step."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.is_deepspeed_enabled and model.training:
+            if self.accelerator.reduce((~loss.detach().isfinite()).float().sum()):
+                raise ValueError(f"here the loss is {loss.item()}, and somewhere it is not finite.")
+        return (loss, outputs) if return_outputs else loss
 
-    def train(self, *positional, **kwargs):
-        """Train, and say on what: launchers start one process instead of several without a word."""
-        self._losses_of_step, args = [], self.args
+    def evaluate(self, *args, **kwargs):
+        """Evaluate, and say what was left where that fails."""
+        try:
+            return super().evaluate(*args, **kwargs)
+        except (ValueError, RuntimeError, OSError) as error:
+            hint = self._hint("eval", error)
+            if isinstance(error, RuntimeError) and hint is None:
+                raise
+            raise TrainingStopped(
+                f"The evaluation after step {self.state.global_step} failed: {one_line(error)} {hint or ''}"
+                f"{last_good(Path(self.args.output_dir))}"
+            ) from error
+
+    def _hint(self, kind, error):
+        """What helps where the memory is full; None where that is not what happened."""
+        if not should_reduce_batch_size(error):
+            return None
+        name = f"per_device_{kind}_batch_size"
+        more = ", double training.gradient_accumulation_steps to learn from as many rows" if kind == "train" else ""
+        return f"Halve training.{name}, {getattr(self.args, name)}{more}. "
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
+        """Save at once where SIGTERM comes during an evaluation."""
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except EvaluationLeft:
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """Train, and say on what: launchers start one process instead of several without a word.
+
+        Args:
+            resume_from_checkpoint (`bool` or `str`, *optional*): see
+                [`~hf_vla.training.checkpoints.checkpoint_to_resume`]; a new training by default.
+            args, kwargs: see [`~transformers.Trainer.train`].
+
+        Raises:
+            ValueError: this training may not go on from that checkpoint.
+            TrainingStopped: it cannot go on.
+        """
+        self._losses_of_step = []
+        checkpoint = checkpoint_to_resume(self.args, resume_from_checkpoint or False)
+        if checkpoint is not None:
+            self.check_checkpoint(checkpoint)
         logger.info(
             "Training in %d %s on %s; a step learns from %d rows.",
-            args.world_size,
-            "process" if args.world_size == 1 else "processes",
-            args.device.type,
-            args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            self.args.world_size,
+            "process" if self.args.world_size == 1 else "processes",
+            self.args.device.type,
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
         )
-        return super().train(*positional, **kwargs)
+        try:
+            return super().train(checkpoint, *args, **kwargs)
+        finally:
+            for listener in self._listeners():
+                listener.listen_no_longer()
+
+    def leave_if_told(self) -> None:
+        """Leave an evaluation that the Trainer does not know as such, if SIGTERM came."""
+        for listener in self._listeners():
+            listener.on_prediction_step(self.args, self.state, self.control)
+
+    def _listeners(self):
+        return [each for each in self.callback_handler.callbacks if isinstance(each, StopOnTermination)]
+
+    def check_checkpoint(self, checkpoint: str) -> None:
+        """Check that this training may go on from a checkpoint, whose files are whole.
+
+        Raises:
+            ValueError: it is of another recipe.
+        """
+        check_same_recipe(checkpoint, self._recipe)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Stop before a step that would destroy the weights.
+        """Stop before a step that would destroy the weights; DeepSpeed has taken it by now.
 
         A gradient is a sum over all processes, so all of them see when it is not finite. Of half precision that is
         nothing to stop for: its scaled gradients overflow now and then, and such a step is not taken.
@@ -200,7 +383,8 @@ class DurableTrainer(Trainer):
             for name, value in parts.items()
             if not value.isfinite()
         ] or [f"the gradient is not finite; here the losses are, of {describe_rows(rows)}" for rows, _ in losses]
+        happened = "was taken, and must not be saved" if self.is_deepspeed_enabled else "was not taken"
         raise TrainingStopped(
-            f"Step {self.state.global_step + 1} was not taken: {'; '.join(wrong)}. "
+            f"Step {self.state.global_step + 1} {happened}: {'; '.join(wrong)}. "
             f"{last_good(Path(self.args.output_dir))}"
         )

@@ -27,7 +27,7 @@ def check_average(arguments) -> None:
         return
     if not 0 < arguments.ema_decay < 1:
         raise ValueError(f"Expected training.ema_decay between 0 and 1, such as 0.999, came {arguments.ema_decay}.")
-    if arguments.fsdp or arguments.deepspeed:
+    if arguments.sharded:
         raise ValueError(
             "training.ema_decay averages whole float32 weights, which FSDP and DeepSpeed cut into shards or keep out "
             "of sight: leave it out, or train with plain data parallelism."

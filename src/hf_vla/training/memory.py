@@ -25,9 +25,11 @@ from hf_vla.training.optimization import NOT_QUANTIZED
 
 logger = logging.getLogger(__name__)
 
-# bytes for each byte of what is trained, by the beginning of `training.optim`; the others keep two, as AdamW does
-_STATES = {"sgd": 0.0, "adagrad": 1.0, "rmsprop": 1.0, "lion": 1.0, "paged": 0.0}
-# bytes of a number: 4 bits, and for each 64 of them a scale of 8 bits that shares its own with 255 others
+# numbers that an optimizer keeps of each one that it trains, by the beginning of `training.optim`, and the bytes of
+# one where they are not of the weights' own precision: 4 or 8 bits, and a scale of float32 for each 128 or 256
+_STATES = {"sgd": 0, "adagrad": 1, "rmsprop": 1, "lion": 1, "adamw": 2, "ademamix": 3}
+_STATE_BYTES = {"4bit": 0.5 + 4 / 128, "8bit": 1 + 4 / 256}
+# bytes of a weight: 4 bits, and for each 64 of them a scale of 8 bits that shares its own with 255 others
 _QUANTIZED = {"4bit": 0.5 + 1 / 64 + 4 / 64 / 256, "8bit": 1.0}
 
 
@@ -38,7 +40,7 @@ class MemoryEstimate:
     Args:
         weights (`int`): parameters and buffers.
         gradients (`int`): of what is trained; twice with several processes, which exchange a copy.
-        optimizer (`int`): its states.
+        optimizer (`int`, *optional*): its states, as far as they stay on the device; None where unknown.
         average (`int`): of the weights, see [`~hf_vla.training.ema.WeightAverage`].
         activations (`int`, *optional*): kept for the backward pass, but for the logits; None where unknown.
         logits (`int`, *optional*): scores of the vocabulary, and their gradient.
@@ -46,7 +48,7 @@ class MemoryEstimate:
 
     weights: int
     gradients: int
-    optimizer: int
+    optimizer: int | None
     average: int
     activations: int | None = None
     logits: int | None = None
@@ -54,7 +56,7 @@ class MemoryEstimate:
     @property
     def lasting(self) -> int:
         """What there is whatever the batch."""
-        return self.weights + self.gradients + self.optimizer + self.average
+        return self.weights + self.gradients + (self.optimizer or 0) + self.average
 
     @property
     def total(self) -> int:
@@ -90,7 +92,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights=_weights(model, quantization),
         gradients=copies * in_full,
-        optimizer=_optimizer_states(str(arguments.optim.value), trained),
+        optimizer=_optimizer_states(arguments, trained),
         average=in_full if arguments.ema_decay is not None else 0,
         activations=activations,
         logits=logits,
@@ -149,14 +151,21 @@ def _weights(model: nn.Module, quantization: str | None) -> int:
     return total
 
 
-def _optimizer_states(kind: str, trained: list[nn.Parameter]) -> int:
-    size = sum(parameter.nbytes for parameter in trained)
+def _optimizer_states(arguments, trained: list[nn.Parameter]) -> int | None:
+    kind = str(arguments.optim.value)
     if kind == "adafactor":  # a sum for each row and column, instead of numbers
         return sum(4 * sum(p.shape[-2:]) * p.shape[:-2].numel() if p.ndim > 1 else p.nbytes for p in trained)
-    states = next((factor for start, factor in _STATES.items() if kind.startswith(start)), 2.0)
-    if "8bit" in kind:  # bitsandbytes; of small tensors it keeps float32
-        return int(states * sum(p.numel() if p.numel() >= 4096 else p.nbytes for p in trained))
-    return int(states * size)
+    if kind.startswith("paged"):  # moves to the host's memory where it is in the way
+        return 0
+    name = kind.partition("_")[0]
+    if name not in _STATES:
+        return None
+    options = dict(option.split("=") for option in (arguments.optim_args or "").replace(" ", "").split(",") if option)
+    count = _STATES[name] + (float(options.get("momentum", 0)) > 0)
+    count += options.get("centered", "").lower() in ("true", "1", "yes")
+    size = next((size for end, size in _STATE_BYTES.items() if kind.endswith(end)), None)
+    # small tensors keep their precision
+    return int(count * sum(p.nbytes if size is None or p.numel() < 4096 else size * p.numel() for p in trained))
 
 
 def _activations(model: nn.Module, arguments, batch: Mapping) -> tuple[int, int]:

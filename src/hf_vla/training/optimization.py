@@ -20,16 +20,6 @@ NOT_QUANTIZED = (*HEAD, "lm_head", "vision_zoe_model")
 GROUPS = ("backbone", "lora", "head", "embeddings")
 
 
-def group_of(name: str) -> str:
-    """The group of [`GROUPS`] that a parameter belongs to by its name; `parameter_groups` knows all embeddings."""
-    parts = name.split(".")
-    if any(part.startswith("lora_") for part in parts):
-        return "lora"
-    if SPATIAL_EMBEDDING in parts:
-        return "embeddings"
-    return "head" if any(part in HEAD for part in parts) else "backbone"
-
-
 def parameter_groups(model: nn.Module, trained_only: bool = True) -> dict[str, dict[str, nn.Parameter]]:
     """Sort a model's parameters.
 
@@ -46,10 +36,16 @@ def parameter_groups(model: nn.Module, trained_only: bool = True) -> dict[str, d
     of_text = set() if embedding is None else {id(parameter) for parameter in embedding.parameters()}
     groups = {group: {} for group in GROUPS}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad or not trained_only:
-            group = group_of(name)
-            group = "embeddings" if group == "backbone" and id(parameter) in of_text else group
-            groups[group][name] = parameter
+        if trained_only and not parameter.requires_grad:
+            continue
+        parts = name.split(".")
+        if any(part.startswith("lora_") for part in parts):
+            group = "lora"
+        elif any(part in HEAD for part in parts):
+            group = "head"
+        else:
+            group = "embeddings" if SPATIAL_EMBEDDING in parts or id(parameter) in of_text else "backbone"
+        groups[group][name] = parameter
     return {group: members for group, members in groups.items() if members}
 
 
@@ -83,17 +79,28 @@ def split_by_group(optimizer: torch.optim.Optimizer, model: nn.Module, learning_
                 optimizer.add_param_group({**options, "params": members, "lr": rate, "name": group})
 
 
-def freeze_backbone(model: nn.Module) -> None:
+def freeze_backbone(model: nn.Module, is_new: bool = False) -> None:
     """Leave of a model the action head and what else is in the group "head" to be trained, and action tokens.
 
     A part that was frozen already, such as the depth model or another robot's decoder, stays so.
 
+    Args:
+        model (`nn.Module`): of this library.
+        is_new (`bool`): its head has never been trained, nor have the readout tokens, which are rows of the text's
+            embedding.
+
     Raises:
-        ValueError: nothing is left.
+        ValueError: nothing is left, or readout tokens would stay random.
     """
-    for name, parameter in model.named_parameters():
-        if group_of(name) == "backbone":
-            parameter.requires_grad_(False)
+    readout = getattr(getattr(model, "config", None), "readout_token_ids", [])
+    if is_new and readout:
+        raise ValueError(
+            f"model.tune: head freezes the embedding, in which the {len(readout)} readout tokens of a new model are "
+            "still random: train them by model.lora or model.tune: full, or set model.config.num_readout_tokens to 0."
+        )
+    groups = parameter_groups(model)
+    for name, parameter in (groups.get("backbone", {}) | groups.get("embeddings", {})).items():
+        parameter.requires_grad_(SPATIAL_EMBEDDING in name.split("."))
     if not parameter_groups(model):
         raise ValueError(f"model.tune: head leaves nothing of this {type(model).__name__} to be trained.")
 

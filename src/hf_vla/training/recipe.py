@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
+from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -28,8 +29,8 @@ class Recipe:
     training: VLATrainingArguments
 
     def __post_init__(self):
-        deepspeed = getattr(self.training, "hf_deepspeed_config", None)
-        if self.training.learning_rates and deepspeed and "optimizer" in deepspeed.config:
+        deepspeed = getattr(self.training, "deepspeed_plugin", None)
+        if self.training.learning_rates and deepspeed and "optimizer" in deepspeed.deepspeed_config:
             raise ValueError(
                 "DeepSpeed's own optimizer knows one learning rate: to use training.learning_rates, leave DeepSpeed's "
                 "section optimizer out."
@@ -53,7 +54,9 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         FileNotFoundError: no such file.
         ValueError: a name is unknown or missing, or a value has the wrong type.
     """
-    values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
+    values = _parse(Path(path).read_text(encoding="utf-8"), str(path)) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected the sections model, data and training, came {values!r:.80}.")
     for name, value in (overrides or {}).items():
         *sections, last = name.split(".")
         section = values
@@ -90,7 +93,7 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
             if not rest:
                 parser.error(f"{name} has no value")
             value = rest.pop(0)
-        overrides[name[2:]] = yaml.load(value, _Loader)
+        overrides[name[2:]] = _parse(value, name)
     return load_recipe(known.config, overrides)
 
 
@@ -109,6 +112,15 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
+
+
+def _parse(text, where):
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+        raise ValueError(f"{where} is no YAML{place}: {getattr(error, 'problem', None) or error}.") from error
 
 
 def _described(section: str, cls, seen: set[type]) -> list[str]:
@@ -173,6 +185,11 @@ def _value(hint, value, name):
         return _build(section, value, name)
     if float in kinds and type(value) is int:
         value = float(value)
+    choices = [each.value for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum) for each in kind]
+    if choices and isinstance(value, str) and value not in choices:
+        close = get_close_matches(value, choices, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {choices}."
+        raise ValueError(f"{name}: {value!r} is none of its values, {hint}")
     try:
         type_validator(name, value, hint)
     except TypeError as error:

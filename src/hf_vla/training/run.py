@@ -9,10 +9,9 @@ from hf_vla.data.collator import VLACollator
 from hf_vla.data.mixture import Mixture, MixtureSampler
 from hf_vla.data.sampling import WindowSampler
 from hf_vla.training.builders.registry import build
-from hf_vla.training.callbacks import SeedOfProcess
-from hf_vla.training.checkpoints import check_same_model, check_same_robot, checkpoint_to_resume
+from hf_vla.training.callbacks import SeedOfProcess, StopOnTermination
+from hf_vla.training.checkpoints import checkpoint_to_resume
 from hf_vla.training.datasets import OpenDataset, join, open_datasets, write_report
-from hf_vla.training.faults import StopOnTermination
 from hf_vla.training.recipe import Recipe
 from hf_vla.training.trainer import VLATrainer
 
@@ -37,7 +36,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     datasets = open_datasets(data)
     if recipe.training.should_save:
         write_report(datasets, recipe.training.output_dir)
-    model, processor = build(recipe, datasets)
+    checkpoint = checkpoint_to_resume(recipe.training)
+    model, processor = build(recipe, datasets, checkpoint)
     train_set, eval_set = join(data, datasets)
     with_state = data.datasets[0].state is not None  # all of them have one, or none
     collator = VLACollator(
@@ -53,11 +53,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         train_sampler=sampler(recipe, datasets, train_set),
         camera_dropout=data.camera_dropout,
         callbacks=[SeedOfProcess(), StopOnTermination(), *callbacks],
+        recipe=recipe,
     )
-    checkpoint = checkpoint_to_resume(recipe.training)
-    if checkpoint is not None:
-        check_same_robot(checkpoint, processor)
-        check_same_model(checkpoint, model.config)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if eval_set is not None:
         metrics = trainer.evaluate()
@@ -69,7 +66,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
 def sampler(recipe: Recipe, datasets: list[OpenDataset], train_set: Mixture) -> Sampler | None:
     """Order of the training rows; None for the Trainer's own, which draws every row once an epoch."""
     data, training = recipe.data, recipe.training
-    batch_size, seed = training.train_batch_size, training.seed
+    batch_size = training.train_batch_size
+    seed = training.seed if training.data_seed is None else training.data_seed
     if data.shuffle == "windows":
         lanes = max(1, training.dataloader_num_workers) * training.world_size
         orders = []

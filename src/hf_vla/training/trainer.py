@@ -4,15 +4,23 @@ import copy
 import inspect
 import logging
 from contextlib import nullcontext
+from difflib import get_close_matches
 from functools import partial
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler, Subset
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader, IterableDataset, Sampler, Subset
 from tqdm.auto import tqdm
 
 from hf_vla.actions.spec import ActionSpec
 from hf_vla.data.mixture import Mixture
+from hf_vla.models.base import BASE
+from hf_vla.models.outputs import VLAOutput
+from hf_vla.training.checkpoints import check_same_model, check_same_robot
 from hf_vla.training.durable import DurableTrainer
 from hf_vla.training.ema import WeightAverage, refuse_average
 from hf_vla.training.memory import MemoryEstimate, check_memory, estimate_memory, with_batch_size
@@ -29,7 +37,7 @@ class VLATrainer(DurableTrainer):
     The parts of a loss, which models return as fields called `..._loss`, are logged beside it.
 
     `processing_class` is the processor, `data_collator` a [`~hf_vla.data.collator.VLACollator`]. Metrics are in robot
-    units, see [`action_error`], over `args.eval_action_samples` frames of the evaluation set.
+    units, see [`action_error`], over `args.eval_action_samples` frames of each dataset that is held out.
 
     Args:
         train_sampler (`torch.utils.data.Sampler`, *optional*): order of the training rows, with a `set_epoch`; the
@@ -83,18 +91,41 @@ class VLATrainer(DurableTrainer):
     def train(self, *args, **kwargs):
         """Train, and forget what an earlier training has left unlogged."""
         self._loss_parts, self._num_steps = {}, 0.0
-        if self.args.estimate_memory and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        self._check_metric()
+        if self.args.estimate_memory:
             self.report_memory()
         return super().train(*args, **kwargs)
 
-    def report_memory(self) -> MemoryEstimate:
-        """Log what the training will take, on copies of the first row; a stream's first is not awaited.
+    def _check_metric(self):
+        """Raise before the training where no evaluation would measure what chooses the best model."""
+        wanted, dataset = self.args.metric_for_best_model, self.eval_dataset
+        if wanted is None or self.args.eval_strategy == "no" or isinstance(dataset, dict):
+            return
+        known = ["loss", *(name for name in VLAOutput.__annotations__ if name.endswith("_loss"))]
+        keys = list(dataset.rows) if isinstance(dataset, Mixture) else [self.data_collator.unnorm_key]
+        for key in keys if self.args.eval_action_samples else []:
+            names = _dimensions(self.processing_class.action_codec.specs(key)[0])
+            known += names if len(keys) == 1 else [f"{key}_{name}" for name in names]
+        known += ["action_error"] * (len(keys) > 1 and self.args.eval_action_samples > 0)
+        if (name := wanted.removeprefix("eval_")) not in known:
+            hint = "".join(f" Did you mean {close}?" for close in get_close_matches(name, known, n=1))
+            raise ValueError(f"training.metric_for_best_model: evaluations measure {known}, came {wanted!r}.{hint}")
+
+    def report_memory(self) -> MemoryEstimate | None:
+        """Log what the training will take, on copies of the first row; of a stream without activations.
+
+        Returns:
+            [`~hf_vla.training.memory.MemoryEstimate`], None where FSDP or DeepSpeed cut it into shards.
 
         Raises:
             ValueError: the accelerator cannot hold it, see [`~hf_vla.training.memory.check_memory`].
         """
-        if hasattr(self.train_dataset, "__getitem__"):
-            row = self.train_dataset[0]
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            logger.info("Memory is not estimated: FSDP and DeepSpeed cut into shards what a process would hold.")
+            return None
+        if not isinstance(self.train_dataset, IterableDataset):
+            with self.reading():
+                row = self.train_dataset[0]
             batches = (self._prepare_inputs(self.data_collator([row] * count)) for count in (1, 2))
             one, two = (estimate_memory(self.model, self.args, batch) for batch in batches)
             estimate = with_batch_size(one, two, self.args.per_device_train_batch_size)
@@ -115,6 +146,12 @@ class VLATrainer(DurableTrainer):
         finally:
             self.data_collator = collator
 
+    def check_checkpoint(self, checkpoint):
+        """Check that it is of the same robots, model and recipe."""
+        check_same_robot(checkpoint, self.processing_class)
+        check_same_model(checkpoint, self._bare(self.model).config)
+        super().check_checkpoint(checkpoint)
+
     def _get_train_sampler(self, train_dataset=None):
         return super()._get_train_sampler(train_dataset) if self.train_sampler is None else self.train_sampler
 
@@ -128,9 +165,16 @@ class VLATrainer(DurableTrainer):
             )
 
     def _save(self, output_dir=None, state_dict=None):
-        """Save the configuration beside an adapter, too: with it, the folder is found and loaded by our classes."""
-        super()._save(output_dir, state_dict)
+        """Save the configuration beside an adapter, too: with it, the folder is found and loaded by our classes.
+
+        An adapter that is pushed together with its base model names the repository in which both are.
+        """
         model = self.accelerator.unwrap_model(self.model)
+        if self.hub_model_id is not None and hasattr(model, "peft_config"):
+            for adapter in model.peft_config.values():
+                if Path(adapter.base_model_name_or_path) == Path(self.args.output_dir, BASE).resolve():
+                    adapter.base_model_name_or_path = self.hub_model_id
+        super()._save(output_dir, state_dict)
         if hasattr(model, "peft_config"):
             config = copy.deepcopy(model.config)
             if hasattr(config, "quantization_config"):  # of this training; adapters fit the whole weights, too
@@ -226,7 +270,19 @@ class VLATrainer(DurableTrainer):
             self.average.save_training_weights(output_dir)
 
     def _load_best_model(self):
-        super()._load_best_model()
+        """Raise where the Trainer only warns: the last weights, saved as the best ones, would go unnoticed."""
+        best = Path(self.state.best_model_checkpoint)
+        kind = "adapter_model" if hasattr(self.accelerator.unwrap_model(self.model), "peft_config") else "model"
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        try:
+            if not sharded and not any(best.glob(f"{kind}*.safetensors")):
+                raise FileNotFoundError(f"it has no {kind}.safetensors")
+            super()._load_best_model()
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"The best checkpoint, {best}, cannot be loaded ({error}). The training itself is done: restore the "
+                "checkpoint and resume, or leave training.load_best_model_at_end out to keep the last weights."
+            ) from error
         if self.average is not None:  # what was loaded is an average
             self.average.follow()
 
@@ -252,7 +308,8 @@ class VLATrainer(DurableTrainer):
 
         Args:
             dataset (`torch.utils.data.Dataset`): of several in a [`~hf_vla.data.mixture.Mixture`], each is measured by
-                itself, and its errors are called `<dataset>_action_error`.
+                itself, and its errors are called `<dataset>_action_error`; `action_error` is their mean, in which a
+                dataset counts by its rows. Of a stream, the first rows are measured.
         """
         if not isinstance(dataset, Mixture):
             return self._action_errors(dataset, self.data_collator.unnorm_key)
@@ -260,20 +317,29 @@ class VLATrainer(DurableTrainer):
         for name, rows in dataset.rows.items():
             of_one = self._action_errors(Subset(dataset, rows), name)
             errors |= of_one if len(dataset.rows) == 1 else {f"{name}_{key}": error for key, error in of_one.items()}
+        if errors and len(dataset.rows) > 1:
+            total = sum(len(rows) * errors[f"{name}_action_error"] for name, rows in dataset.rows.items())
+            errors["action_error"] = total / len(dataset)
         return errors
 
     def _action_errors(self, dataset, unnorm_key: str | None) -> dict[str, float]:
-        count = min(len(dataset), self.args.eval_action_samples)
-        if count == 0:
+        count = self.args.eval_action_samples
+        if isinstance(dataset, IterableDataset):
+            samples = list(islice(dataset, count))
+            samples = samples[: min(gather_object([len(samples)]))]  # each process has a stream of its own
+        else:
+            rows = np.linspace(0, len(dataset) - 1, min(len(dataset), count)).round().astype(int)
+            samples = Subset(dataset, rows.tolist())
+        if len(samples) == 0:
             return {}
-        rows = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
         collator, model = self.data_collator, self.accelerator.unwrap_model(self.model)
         loader = self.accelerator.prepare(
-            DataLoader(Subset(dataset, rows), batch_size=self.args.eval_batch_size, collate_fn=collator.prompts)
+            DataLoader(samples, batch_size=self.args.eval_batch_size, collate_fn=collator.prompts)
         )
         parts = []
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
         for batch in tqdm(loader, f"Predicting actions of {unnorm_key}", disable=quiet, leave=False):
+            self.leave_if_told()
             output = model.predict_action(**batch["inputs"])
             predicted = self.processing_class.decode_actions(output, unnorm_key)
             predicted = torch.from_numpy(predicted).to(batch["actions"].device)
@@ -298,12 +364,17 @@ def action_error(
         "action_error_rotation", "action_error_joints" and "action_error_gripper" where it has them.
     """
     error = np.abs(np.asarray(predicted, np.float64) - actions)[action_mask].mean(0)
-    groups = {"action_error": list(range(len(error)))}
+    return {name: float(error[dimensions].mean()) for name, dimensions in _dimensions(spec).items()}
+
+
+def _dimensions(spec: ActionSpec | None) -> dict[str, slice | list[int]]:
+    """Name of each error, and the dimensions that it is the mean of."""
+    groups = {"action_error": slice(None)}
     if spec is not None:
-        body = [index for index in groups["action_error"] if spec.gripper is None or index != spec.gripper.index]
+        body = [index for index in range(len(spec.names)) if spec.gripper is None or index != spec.gripper.index]
         if spec.kind == "joint":
             groups["action_error_joints"] = body
         else:
             groups |= {"action_error_translation": body[:3], "action_error_rotation": body[3:]}
         groups["action_error_gripper"] = [] if spec.gripper is None else [spec.gripper.index]
-    return {name: float(error[dimensions].mean()) for name, dimensions in groups.items() if dimensions}
+    return {name: dimensions for name, dimensions in groups.items() if dimensions}
