@@ -404,3 +404,10 @@ def test_a_readme_of_the_folder_is_the_card(tmp_path, hub, monkeypatch):
     assert hub.read("somebody/mine", "README.md", "next") == b"# Mine\n"
     repo = hub.repos["dataset", "somebody/mine"]
     assert repo.tags["v3.0"] == repo.branches["next"] and "meta/info.json" not in repo.commits[repo.branches["main"]]
+
+
+def test_a_folder_of_other_things_is_no_place_for_a_recording(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"expected a LeRobot dataset or a new folder; it holds \['notes.txt'\]"):
+        LeRobotRecorder(tmp_path, fps=10, features={"action": {"dtype": "float32", "shape": [2], "names": None}})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt"]

@@ -254,7 +254,8 @@ class LeRobotRecorder:
     def _open(self, info: dict, sizes: dict) -> SavedEpisodes:
         if (self.root / INFO).is_file():
             return SavedEpisodes.read(self.root, self._go_on(info, sizes))
-        if found := [name for name in (DATA, "meta", VIDEOS) if any((self.root / name).glob("**/*.*"))]:
+        others = sorted(path for path in self.root.iterdir() if path != self._folder.work)
+        if found := [path.name for path in others if path.is_file() or any(path.glob("**/*.*"))]:
             raise ValueError(
                 f"{self.root}: expected a LeRobot dataset or a new folder; it holds {found}, but no {INFO}."
             )

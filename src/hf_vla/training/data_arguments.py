@@ -186,7 +186,8 @@ class DataArguments:
     def __post_init__(self):
         ways = {name: getattr(self, name) for name in ("source", "datasets", "mixture")}
         if sum(bool(way) for way in ways.values()) != 1:
-            raise ValueError(f"Expected one of data.source, data.datasets and data.mixture, came {ways}.")
+            given = [f"data.{name}" for name, way in ways.items() if way]
+            raise ValueError(f"Expected one of data.source, data.datasets and data.mixture, came {given or 'none'}.")
         own = {field.name: getattr(self, field.name) for field in fields(DatasetArguments) if field.name != "weight"}
         of_mixture = {"cameras", "state", "eval_episodes"} if self.mixture is not None else set()
         unread = [name for name, value in own.items() if value and self.source is None and name not in of_mixture]

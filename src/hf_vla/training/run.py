@@ -1,5 +1,6 @@
 """A whole training run, from recipe to checkpoint."""
 
+import logging
 from collections.abc import Sequence
 
 from torch.utils.data import Sampler
@@ -14,6 +15,8 @@ from hf_vla.training.checkpoints import checkpoint_to_resume
 from hf_vla.training.datasets import OpenDataset, join, open_datasets, write_report
 from hf_vla.training.recipe import Recipe
 from hf_vla.training.trainer import VLATrainer
+
+logger = logging.getLogger(__name__)
 
 MAX_OPEN = 32  # windows that a worker reads side by side; fewer decoders than VideoFrames keeps open
 
@@ -57,10 +60,19 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     )
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if eval_set is not None:
-        metrics = trainer.evaluate()
+        metrics = _evaluated(trainer) or trainer.evaluate()
+        logger.info("The model that is saved: %s", {name: round(value, 4) for name, value in metrics.items()})
     trainer.save_model()
     trainer.save_state()
     return metrics
+
+
+def _evaluated(trainer: VLATrainer) -> dict[str, float]:
+    """Metrics of the final weights where the training has just measured them; {} elsewhere."""
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+    if last.get("step") != trainer.state.global_step or trainer.args.load_best_model_at_end:
+        return {}
+    return {name: value for name, value in last.items() if name != "step"}
 
 
 def sampler(recipe: Recipe, datasets: list[OpenDataset], train_set: Mixture) -> Sampler | None:
