@@ -2,6 +2,7 @@
 
 import io
 import os
+from abc import ABC, abstractmethod
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class VideoOptions:
             ) from error
 
 
-class PictureEncoder:
+class PictureEncoder(ABC):
     """Encodes the pictures of one camera on a thread of its own, and counts their values.
 
     At most `QUEUE` pictures wait; after that `add` waits as well. What goes wrong on the thread is raised by `add` or
@@ -136,8 +137,8 @@ class PictureEncoder:
         self._length += 1
         return encoded
 
-    def _encode(self, picture):
-        raise NotImplementedError
+    @abstractmethod
+    def _encode(self, picture): ...
 
     def _finish(self):
         pass
