@@ -47,6 +47,17 @@ def test_windows_are_dealt_out_to_workers(make_recipe, tmp_path):
         check_same_recipe(tmp_path, resolved(recipe.training, recipe))
 
 
+def test_datasets_of_several_may_move_and_their_cameras_may_not(make_recipe, tmp_path):
+    run = {"data__source": None, "data__eval_episodes": []}
+    recipe = make_recipe(tmp_path, "mixture_tiny", **run)
+    write_recipe(resolved(recipe.training, recipe), tmp_path)
+    moved = make_recipe(tmp_path, "mixture_tiny", **run, data__datasets__1__source="elsewhere/metaworld_demos")
+    check_same_recipe(tmp_path, resolved(moved.training, moved))
+    other = make_recipe(tmp_path, "mixture_tiny", **run, data__datasets__1__cameras__0__source="corner2")
+    with pytest.raises(ValueError, match="data.datasets.1.cameras.0.source was 'corner4', is 'corner2'"):
+        check_same_recipe(tmp_path, resolved(other.training, other))
+
+
 @pytest.mark.parametrize("name", ["divla_tiny", "mixture_tiny"])
 def test_the_saved_recipe_is_one(make_recipe, demos, tmp_path, name):
     other = {} if name == "divla_tiny" else {"data__source": None, "data__eval_episodes": []}

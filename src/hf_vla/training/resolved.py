@@ -1,6 +1,7 @@
 """The recipe of a run beside its checkpoints: whoever goes on from one goes on with the same."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +11,7 @@ RECIPE = "recipe.yaml"
 NOT_WRITTEN = ("hub_token", "resume_from_checkpoint", "local_rank")
 # What else may differ where a run goes on: how long it is, and what its weights do not depend on.
 MAY_CHANGE = {
-    *("data.source", "data.streaming", "data.frame_cache", "data.frame_cache_gb"),  # statistics are compared
+    *("data.mixture_root", "data.streaming", "data.frame_cache", "data.frame_cache_gb"),
     *("training.output_dir", "training.max_steps", "training.num_train_epochs", "training.estimate_memory"),
     *("training.report_to", "training.run_name", "training.project", "training.disable_tqdm", "training.debug"),
     *("training.push_to_hub", "training.ignore_data_skip", "training.restore_callback_states_from_checkpoint"),
@@ -27,6 +28,7 @@ FAMILIES_THAT_MAY = tuple(
     f"training.{family}_"
     for family in ("activation", "ddp", "eval", "gradient_checkpointing", "hub", "log", "logging", "save", "trackio")
 ) + ("training.gradient_checkpointing",)
+SOURCE = re.compile(r"data\.(datasets\.\d+\.)?source")  # a dataset may move: its statistics are compared
 # A WindowSampler's order depends on them.
 OF_WINDOWS = ("training.dataloader_num_workers", "training.per_device_train_batch_size")
 
@@ -103,4 +105,4 @@ def _in_both(name, recipe, other):
 
 
 def _may_change(name):
-    return name in MAY_CHANGE or name.startswith(FAMILIES_THAT_MAY)
+    return name in MAY_CHANGE or name.startswith(FAMILIES_THAT_MAY) or SOURCE.fullmatch(name) is not None
