@@ -41,7 +41,7 @@ def checkpoint_to_resume(arguments, wanted: bool | str | None = None) -> Checked
     if arguments.should_save:
         recover(root)
     if not wanted:
-        if earlier := _newest_first(root):
+        if arguments.should_save and (earlier := _newest_first(root)):
             logger.warning("%s holds %s of an earlier run, beside which this one begins anew.", root, earlier[0].name)
         return None
     # the main process's view, once it has tidied up
@@ -57,7 +57,8 @@ def checkpoint_to_resume(arguments, wanted: bool | str | None = None) -> Checked
         flaws = gather_object([_flaw(folder, arguments)])
         unfinished, flaw = next((found for found in flaws if found is not None), (False, None))
         if flaw is None:
-            logger.info("Going on from %s.", folder)
+            if arguments.should_save:
+                logger.info("Going on from %s.", folder)
             return CheckedCheckpoint(folder)
         if wanted is not True:
             raise ValueError(f"{folder} {flaw}. Restore it, or resume from another checkpoint.")
