@@ -1,0 +1,1 @@
+"""Closed loop: simulators, recording, evaluation."""

@@ -1,0 +1,1 @@
+"""Scripted experts, which know the simulator's state; one file a simulator."""
