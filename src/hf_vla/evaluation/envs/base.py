@@ -3,6 +3,8 @@
 Times are control steps, poses metres in the simulator's world frame, actions and states in robot units.
 """
 
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -12,6 +14,11 @@ import gymnasium as gym
 import numpy as np
 
 from hf_vla.actions.spec import ActionSpec, CameraSpec, StateSpec
+
+# MuJoCo looks at these when it is first imported: without a screen it renders by EGL, in software on one thread.
+if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+    os.environ.setdefault("MUJOCO_GL", "egl")
+os.environ.setdefault("LP_NUM_THREADS", "1")
 
 RENDERINGS = ("fast", "full")
 FIRST_RECORDING_SEED = 1_000_000  # demonstrations begin here, evaluations at 0
@@ -43,6 +50,7 @@ class SimulatedTask(gym.Env, ABC):
 
     Raises:
         ValueError: the task, a camera or the rendering is unknown.
+        ImportError: the simulator is not installed.
         FileNotFoundError: the simulator's assets are not installed; the text says how to get them.
     """
 
@@ -63,7 +71,12 @@ class SimulatedTask(gym.Env, ABC):
         check_known(f"{self.name} task", task, self.tasks())
         self.task, self.depth, self.rendering = task, depth, rendering
         self.sizes = dict(self.default_cameras if cameras is None else cameras)
-        self._make()
+        try:
+            self._make()
+        except ImportError as error:
+            raise ImportError(
+                f"The simulator {self.name!r} needs {error.name}: `pip install 'hf-vla[sim]'`, see docs/simulators.md."
+            ) from error
         self.action_space = self._action_space()
         self.observation_space = self._observation_space()
         self.episode_length, self.success = 0, False
@@ -97,7 +110,7 @@ class SimulatedTask(gym.Env, ABC):
 
     @abstractmethod
     def _make(self) -> None:
-        """Build the simulator and set the attributes of the class's docstring."""
+        """Import and build the simulator, and set the attributes of the class's docstring."""
 
     @abstractmethod
     def _restart(self, seed: int) -> None:
@@ -218,8 +231,8 @@ class Expert(ABC):
 
     def __init__(self, env: SimulatedTask):
         self.env = env
-        self.reset()
 
+    @abstractmethod
     def reset(self) -> None:
         """Forget everything, as an episode starts; called after the environment's `restart`."""
 

@@ -9,13 +9,8 @@ Source: https://arxiv.org/abs/1910.10897; the four splits: https://arxiv.org/abs
 
 from typing import ClassVar
 
-import mujoco
-import numpy as np
-from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-
 from hf_vla.actions.spec import ActionSpec, GripperSpec, StateSpec
 from hf_vla.evaluation.envs.base import SimulatedTask
-from hf_vla.evaluation.envs.rendering import MujocoCameras
 
 EASY = {
     "button-press-topdown-v3": "Press a button from the top",
@@ -103,6 +98,10 @@ class MetaWorldTask(SimulatedTask):
         return {name: tuple(tasks) for name, tasks in splits.items()} | {"mt10": MT10}
 
     def _make(self):
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+        from hf_vla.evaluation.envs.rendering import MujocoCameras
+
         self.instruction = INSTRUCTIONS[self.task]
         self.simulator = ALL_V3_ENVIRONMENTS[self.task]()
         # `reset(seed)` is ignored; these let `seed` decide, and show the expert where the goal is
@@ -116,7 +115,7 @@ class MetaWorldTask(SimulatedTask):
     def _restart(self, seed):
         self.simulator.seed(seed)
         self.numbers, _ = self.simulator.reset()
-        mujoco.mj_forward(self.simulator.model, self.simulator.data)  # else the previous goal is still to be seen
+        self._cameras.settle()  # else the previous goal is still to be seen
 
     def _advance(self, action):
         self.simulator.curr_path_length = 0  # its own end of an episode, which is not ours

@@ -1,4 +1,4 @@
-"""Every simulator by its name; one is imported when it is asked for."""
+"""Every simulator by its name; imported when it is asked for."""
 
 from importlib import import_module
 
@@ -14,13 +14,7 @@ def simulator(name: str) -> type[SimulatedTask]:
 
     Raises:
         ValueError: the name is unknown.
-        ImportError: the simulator is not installed; the text says how to.
     """
     check_known("simulator", name, ENVS)
     module, _, attribute = ENVS[name].rpartition(".")
-    try:
-        return getattr(import_module(module), attribute)
-    except ImportError as error:
-        raise ImportError(
-            f"The simulator {name!r} needs {error.name}: `pip install 'hf-vla[sim]'`, and see docs/simulators.md."
-        ) from error
+    return getattr(import_module(module), attribute)

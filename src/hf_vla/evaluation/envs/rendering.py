@@ -53,6 +53,10 @@ class MujocoCameras:
         intrinsics = ((focal, 0.0, width / 2), (0.0, focal, height / 2), (0.0, 0.0, 1.0))
         return CameraSpec(name, width, height, intrinsics)
 
+    def settle(self) -> None:
+        """Let everything that is drawn follow from the simulator's state."""
+        mujoco.mj_forward(self.model, self.data)
+
     def picture(self, name: str) -> np.ndarray:
         """Picture of a camera, `(H, W, 3)` uint8."""
         return self._render(name)
