@@ -1,7 +1,7 @@
-"""Say for every frame of pick-and-place demonstrations what the robot is about to do, as LeRobot's own subtasks.
+"""Say for every frame of demonstrations what the robot is about to do, as LeRobot's own subtasks.
 
 `python scripts/annotate_phases.py FOLDER [--output COPY]` adds the column `subtask_index` and `meta/subtasks.parquet`
-to a LeRobot v3.0 dataset; everything else stays as it is. The actions alone decide:
+to a LeRobot v3.0 dataset; everything else stays as it is. Of pick-and-place demonstrations, the actions alone decide:
 
 | phase | from | phrase |
 |---|---|---|
@@ -13,6 +13,9 @@ to a LeRobot v3.0 dataset; everything else stays as it is. The actions alone dec
 | release | the gripper is told to open | release the red cube |
 
 The object is what the instruction names first: "stack the red cube on top of the green cube" is about the red cube.
+
+Of any demonstrations, `--motions` says which way the hand will move in the next `--ahead` frames, "right forward
+down" for example, or "stay" (language motions, https://huggingface.co/papers/2403.01823).
 """
 
 import argparse
@@ -32,6 +35,7 @@ from hf_vla.data.lerobot import LeRobotEpisodes
 COLUMN = "subtask_index"
 PHRASES = ("reach for {}", "grasp {}", "lift {}", "carry {}", "place {}", "release {}")
 OBJECT = re.compile(r"\b(?:the|an?) .+?(?= (?:and|at|from|in|into|on|onto|to|with)\b|$)")
+WAYS = (("left", "right"), ("back", "forward"), ("down", "up"))  # against and along each axis of the state
 STILL = 0.1  # of the dataset's largest command: less is no motion
 
 
@@ -46,9 +50,16 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--output", type=Path, help="annotate a copy, written here")
     parser.add_argument("--motion", nargs=3, default=["dx", "dy", "dz"], help="names of the hand's motion, up last")
     parser.add_argument("--gripper", default="gripper", help="name of the gripper's action, which is closed above 0")
+    parser.add_argument("--motions", action="store_true", help="say which way the hand moves")
+    parser.add_argument("--hand", nargs=3, default=["x", "y", "z"], help="names of the hand's place in the state")
+    parser.add_argument("--ahead", type=int, default=16, help="frames over which the hand moves")
+    parser.add_argument("--still", type=float, default=0.01, help="less is no motion, in units of the state")
     options = parser.parse_args(arguments)
     root = options.folder
-    phrases, numbers = annotate(root, options.motion, options.gripper)
+    if options.motions:
+        phrases, numbers = annotate_motions(root, options.hand, options.ahead, options.still)
+    else:
+        phrases, numbers = annotate(root, options.motion, options.gripper)
     if options.output:
         root = Path(shutil.copytree(root, options.output))
     write(root, phrases, numbers)
@@ -61,14 +72,10 @@ def annotate(root: Path, motion: list[str], gripper: str) -> tuple[list[str], di
         ValueError: no v3.0, annotated already, an action's name or an instruction's object is missing, or an episode
             does not close the gripper exactly once.
     """
-    dataset = LeRobotEpisodes(root, cameras=[])
-    if dataset.info.codebase_version != "v3.0" or COLUMN in dataset.features:
-        raise ValueError(f"{root}: expected a LeRobot v3.0 dataset without a column {COLUMN!r}.")
-    names = dataset.features[schema.ACTION]["names"] or []
-    if missing := [name for name in [*motion, gripper] if name not in names]:
-        raise ValueError(f"{root}: no actions {missing} among {names}; see --motion and --gripper.")
+    dataset = unannotated(root)
+    *motion, gripper = named(dataset, schema.ACTION, [*motion, gripper], "--motion and --gripper")
     actions = dataset.column(schema.ACTION)
-    commands, closed = actions[:, [names.index(name) for name in motion]], actions[:, names.index(gripper)] > 0
+    commands, closed = actions[:, motion], actions[:, gripper] > 0
     still = STILL * np.linalg.norm(commands, axis=1).max()
     phrases, numbers, starts, tasks = {}, {}, dataset.episode_starts, dataset.texts(schema.TASK)
     for episode, start, end in zip(dataset.episodes, starts[:-1], starts[1:], strict=True):
@@ -85,6 +92,39 @@ def annotate(root: Path, motion: list[str], gripper: str) -> tuple[list[str], di
             phrase = PHRASES[phase].format(thing.group())
             numbers[int(row)] = phrases.setdefault(phrase, len(phrases))
     return [*phrases], numbers
+
+
+def annotate_motions(root: Path, hand: list[str], ahead: int, still: float) -> tuple[list[str], dict[int, int]]:
+    """Return the phrases, and which of them each row has; see `annotate`.
+
+    Raises:
+        ValueError: no v3.0, annotated already, or a name is missing among the state's.
+    """
+    dataset = unannotated(root)
+    places = dataset.column(schema.STATE)[:, named(dataset, schema.STATE, hand, "--hand")]
+    phrases, numbers, starts = {}, {}, dataset.episode_starts
+    for start, end in zip(starts[:-1], starts[1:], strict=True):
+        later = np.minimum(np.arange(start, end) + ahead, end - 1)
+        for row, way in zip(dataset.column("index")[start:end], places[later] - places[start:end], strict=True):
+            words = [WAYS[axis][int(way[axis] > 0)] for axis in range(3) if abs(way[axis]) >= still]
+            numbers[int(row)] = phrases.setdefault(" ".join(words) or "stay", len(phrases))
+    return [*phrases], numbers
+
+
+def unannotated(root: Path) -> LeRobotEpisodes:
+    """Open a dataset that may be annotated."""
+    dataset = LeRobotEpisodes(root, cameras=[])
+    if dataset.info.codebase_version != "v3.0" or COLUMN in dataset.features:
+        raise ValueError(f"{root}: expected a LeRobot v3.0 dataset without a column {COLUMN!r}.")
+    return dataset
+
+
+def named(dataset: LeRobotEpisodes, key: str, wanted: list[str], options: str) -> list[int]:
+    """Return the places of names among a column's."""
+    names = dataset.features[key]["names"] or []
+    if missing := [name for name in wanted if name not in names]:
+        raise ValueError(f"{dataset.root}: {key} has no {missing} among its {names}; see {options}.")
+    return [names.index(name) for name in wanted]
 
 
 def phases(commands: np.ndarray, closed: np.ndarray, still: float) -> np.ndarray:

@@ -196,6 +196,21 @@ def test_the_object_is_what_the_instruction_names_first(script, task, thing):
     assert (found and found.group()) == thing
 
 
+def test_motions_are_the_way_the_hand_will_have_gone(script, bare):
+    script.main([str(bare), "--motions", "--hand", "x", "y", "z", "--ahead", "5", "--still", "0.02"])
+    dataset = LeRobotEpisodes(bare, cameras=[])
+    states, words, starts = dataset.column("observation.state"), dataset.texts("subtask"), dataset.episode_starts
+    spoken = set()
+    for row in range(starts[3], starts[4]):
+        x, y, z = states[min(row + 5, starts[4] - 1)][:3] - states[row][:3]
+        expected = ["left"] if x <= -0.02 else ["right"] if x >= 0.02 else []
+        expected += ["back"] if y <= -0.02 else ["forward"] if y >= 0.02 else []
+        expected += ["down"] if z <= -0.02 else ["up"] if z >= 0.02 else []
+        assert words[row] == (" ".join(expected) or "stay")
+        spoken.add(words[row])
+    assert len(spoken) > 3 and words[starts[4] - 1] == "stay"
+
+
 def test_what_cannot_be_annotated_is_refused_and_left_as_it_was(script, bare, demos, goldens, tmp_path):
     def refused(root, message, *options):
         before = contents(root)
@@ -205,7 +220,7 @@ def test_what_cannot_be_annotated_is_refused_and_left_as_it_was(script, bare, de
 
     refused(demos, "expected a LeRobot v3.0 dataset without a column 'subtask_index'")
     refused(goldens / "lerobot/datasets/v21_video", "expected a LeRobot v3.0 dataset")
-    refused(bare, r"no actions \['claw'\] among .*'gripper'\]; see --motion and --gripper", "--gripper", "claw")
+    refused(bare, r"action has no \['claw'\] among .*'gripper'\]; see --motion and --gripper", "--gripper", "claw")
     # drx, which wavers around zero, as gripper
     refused(bare, r"bare, episode 0: expected the gripper to close once, it does so \d+ times", "--gripper", "drx")
     tasks = pq.read_table(bare / "meta/tasks.parquet")
