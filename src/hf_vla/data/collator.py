@@ -43,6 +43,7 @@ class VLACollator:
             raise ValueError(f"Expected a list of cameras, one or more, came {cameras!r}.")
         self.camera_keys = [schema.camera_key(camera) for camera in cameras]
         self.with_state = with_state
+        self.terminates = getattr(getattr(processor, "action_codec", None), "terminates", False)
 
     def __call__(self, items: Sequence[dict], camera_dropout: float = 0.0, seed: int = 0):
         """Make a training batch.
@@ -58,6 +59,8 @@ class VLACollator:
             ValueError: the items lack the camera, the actions' padding, the state or the reasoning.
         """
         targets = self._held(items) if self.hold_tail else self._targets(items)
+        if self.terminates:
+            targets["terminate"] = self._terminate(items)
         if self.reasoning is not None:
             targets["reasoning"] = [self._reasoning(item) for item in items]
         if camera_dropout:
@@ -89,6 +92,15 @@ class VLACollator:
         chunks = zip(targets["actions"], targets["action_mask"], specs, strict=True)
         held = [torch.as_tensor(hold_tail(chunk.numpy(), ~real.numpy(), spec)) for chunk, real, spec in chunks]
         return {"actions": _stacked(held), "action_mask": torch.ones_like(targets["action_mask"])}
+
+    def _terminate(self, items):
+        """Where an episode ends with an action: there is no row behind it."""
+        if schema.TIMESTAMP + schema.PAD_SUFFIX not in items[0]:
+            raise ValueError(
+                "The model learns where episodes end: give the dataset a window of the rows behind a chunk's actions, "
+                f"delta_indices={{{schema.TIMESTAMP!r}: range(1, chunk_size + 1)}}."
+            )
+        return torch.stack([item[schema.TIMESTAMP + schema.PAD_SUFFIX] for item in items])
 
     def unnorm_keys(self, items: Sequence[dict]) -> list[str | None]:
         """Return the dataset of each item."""

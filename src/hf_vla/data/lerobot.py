@@ -195,16 +195,20 @@ class LeRobotEpisodes(Dataset):
         kept.episodes = [replace(episode, length=length) for episode, length in episodes if length]
         return kept
 
-    def windows(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+    def windows(self, key: str, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return every row's window of a column.
 
+        Args:
+            key (`str`): a column with a window.
+            rows (`np.ndarray` of shape `(n,)`, *optional*): those asked for; all by default.
+
         Returns:
-            `tuple` of `np.ndarray`: values `(num_frames, window, *shape)` and padding `(num_frames, window)`, bool.
+            `tuple` of `np.ndarray`: values `(n, window, *shape)` and padding `(n, window)`, bool.
         """
         column = self.column(key)
         if key not in self._deltas:
             raise ValueError(f"{self.name}: {key!r} has no window; give delta_timestamps for it.")
-        rows, is_pad = self._window(np.arange(len(self)), key)
+        rows, is_pad = self._window(np.arange(len(self)) if rows is None else rows, key)
         return column[rows], is_pad
 
     def __len__(self) -> int:

@@ -20,6 +20,7 @@ TASK = "task"
 SUBTASK = "subtask"
 INDEX_SUFFIX = "_index"
 PAD_SUFFIX = "_is_pad"
+TIMESTAMP = "timestamp"
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 BY_EPISODE = VERSIONS[:2]  # a file for every episode, tables as jsonl; v2.0 has v3.0's file of statistics
 # Seconds by which a timestamp may miss a video frame, and a delta a multiple of 1 / fps (LeRobot's own tolerance).

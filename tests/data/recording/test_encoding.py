@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 import threading
 from fractions import Fraction
 
@@ -114,3 +117,24 @@ def test_few_pictures_wait_and_what_fails_is_raised(monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         encoder.close()
     encoder.discard()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="this system has no such priorities")
+def test_encoding_leaves_the_process_its_priority(tmp_path):
+    script = """
+import os, sys
+from fractions import Fraction
+from pathlib import Path
+import numpy as np
+from hf_vla.data.recording.encoding import VideoEncoder, VideoOptions
+
+encoder = VideoEncoder(Path(sys.argv[1]), Fraction(30), (64, 64, 3), VideoOptions())
+encoder.add(np.zeros((64, 64, 3), np.uint8)).result()
+encoder.add(np.zeros((64, 64, 3), np.uint8)).result()
+policies = {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")}
+encoder.close()
+policies.add(os.sched_getscheduler(0))
+assert policies == {os.SCHED_OTHER}, policies
+"""
+    run = subprocess.run([sys.executable, "-c", script, tmp_path / "video.mp4"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -5,6 +5,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +19,8 @@ from hf_vla.actions.statistics import QUANTILES
 # The names that `meta/info.json` has for what the encoders make.
 CODECS = {"libsvtav1": "av1", "h264": "h264", "hevc": "hevc"}
 QUEUE = 30  # pictures of a camera that wait for its encoder, at most; then the recording waits
+THREADS = "/proc/self/task"
+SVT_PRIORITY = (1, 99)  # first in, first out, before all else
 _STATISTICS_SIZE = 150  # pictures are thinned to about this many pixels a side before they are counted, as LeRobot's
 
 
@@ -140,8 +143,8 @@ class PictureEncoder(ABC):
     @abstractmethod
     def _encode(self, picture): ...
 
-    def _finish(self):
-        pass
+    @abstractmethod
+    def _finish(self): ...
 
 
 class PngEncoder(PictureEncoder):
@@ -151,6 +154,9 @@ class PngEncoder(PictureEncoder):
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, "PNG")
         return buffer.getvalue()
+
+    def _finish(self):
+        pass  # every picture is whole
 
 
 class VideoEncoder(PictureEncoder):
@@ -178,7 +184,12 @@ class VideoEncoder(PictureEncoder):
             pass  # the disk is full, or the file was finished before
 
     def _encode(self, picture):
-        self._container.mux(self._stream.encode(_frame(picture, self._length, self.fps)))
+        frame = _frame(picture, self._length, self.fps)
+        if self._length > 0:
+            self._container.mux(self._stream.encode(frame))
+            return
+        with _usual_priority():  # the first frame starts the encoder
+            self._container.mux(self._stream.encode(frame))
 
     def _finish(self):
         if self._container is not None:
@@ -188,6 +199,30 @@ class VideoEncoder(PictureEncoder):
                 container.mux(stream.encode())
             finally:
                 container.close()
+
+
+@contextmanager
+def _usual_priority():
+    """Undo what SVT-AV1 does where root runs it, in a container for example: real-time priority.
+
+    The encoder's many threads would leave nothing to whatever else the machine does, a simulator or a control loop.
+    """
+    priorities = _priorities()
+    yield
+    for thread, priority in _priorities().items():
+        # its own threads, and the one that started it; what the caller made real-time stays so
+        if priority == SVT_PRIORITY and priorities.get(thread) != SVT_PRIORITY:
+            with suppress(ProcessLookupError):  # it has ended
+                os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+
+
+def _priorities() -> dict[int, tuple[int, int]]:
+    """Thread of this process -> its policy and priority; {} on systems without."""
+    found = {}
+    for thread in map(int, os.listdir(THREADS) if os.path.isdir(THREADS) else ()):
+        with suppress(ProcessLookupError):
+            found[thread] = os.sched_getscheduler(thread), os.sched_getparam(thread).sched_priority
+    return found
 
 
 def concatenate(segments: list[tuple[Path, int]], path: Path, fps: Fraction) -> None:
