@@ -1,20 +1,23 @@
-# make demo    train, save, reload and try a tiny model on the embedded demonstrations; MODEL=tinyvla or divla for the others
-# make test    the default test suite (CPU, offline)
-# make check   lint, format, types, architecture; changes nothing
-# make format  put every file into the house format
+# make demo      train, save, reload and try a tiny model on the embedded demonstrations; MODEL=tinyvla or divla for the others
+# make test      the default test suite (CPU, offline)
+# make test-sim  the tests in simulators; they render by EGL (Debian: libegl1, libgl1-mesa-dri)
+# make check     lint, format, types, architecture; changes nothing
+# make format    put every file into the house format
 #
 # Each target first makes the virtual environment .venv if it is missing or out of date.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PYTEST_ARGS ?= -n 2
+SIM_ARGS ?= -m "sim and not slow"
 MODEL ?= spatialvla
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RLDS := $(VENV)/.installed-rlds
+SIM := $(VENV)/.installed-sim
 
-.PHONY: demo test check format install
+.PHONY: demo test test-sim check format install
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -31,11 +34,18 @@ $(RLDS): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[rlds]"
 	touch $@
 
+$(SIM): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[sim]"
+	touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/python scripts/demo.py --model $(MODEL)
 
 test: $(INSTALLED) $(RLDS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-sim: $(INSTALLED) $(SIM)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIM_ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -75,6 +75,7 @@ MT10 = (
     *("reach-v3", "push-v3", "pick-place-v3", "door-open-v3", "drawer-open-v3", "drawer-close-v3"),
     *("button-press-topdown-v3", "peg-insert-side-v3", "window-open-v3", "window-close-v3"),
 )
+UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")
 GRIPPER = GripperSpec(index=3, open=-1.0, closed=1.0)
 
 
@@ -109,7 +110,7 @@ class MetaWorldTask(SimulatedTask):
         self.simulator._set_task_called, self.simulator._partially_observable = True, False
         self.simulator.__dict__.pop("sawyer_observation_space", None)  # made before, it would cut the goal away
         scene = self.simulator.model, self.simulator.data
-        self._cameras = MujocoCameras(*scene, self.sizes, self.rendering == "fast", ("corner2", "corner4"))
+        self._cameras = MujocoCameras(*scene, self.sizes, self.rendering == "fast", UPSIDE_DOWN)
         self.camera_specs = self._cameras.specs
 
     def _restart(self, seed):

@@ -5,7 +5,11 @@ from importlib import import_module
 from hf_vla.evaluation.envs.base import SimulatedTask, check_known
 
 ENVS = {
+    "libero": "hf_vla.evaluation.envs.libero.LiberoTask",
     "metaworld": "hf_vla.evaluation.envs.metaworld.MetaWorldTask",
+    "robosuite": "hf_vla.evaluation.envs.robosuite.RobosuiteTask",
+    "simpler": "hf_vla.evaluation.envs.simpler.SimplerTask",
+    "two_ways": "hf_vla.evaluation.envs.two_ways.TwoWaysTask",
 }
 
 
