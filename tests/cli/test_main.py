@@ -24,7 +24,9 @@ def test_help_lists_the_subcommands():
     assert result.exit_code == 0 and "predict" in result.output
 
 
-@pytest.mark.parametrize("error", [ValueError("Expected 3, came [4]."), FileNotFoundError("No such folder.")])
+@pytest.mark.parametrize(
+    "error", [ValueError("Expected 3, came [4]."), FileNotFoundError("No such folder."), ImportError("Install it.")]
+)
 def test_what_a_user_can_mend_is_one_sentence(error, monkeypatch):
     monkeypatch.delenv("HF_VLA_DEBUG", raising=False)
     result = CliRunner().invoke(app_that_raises(error), ["fail"])

@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from hf_vla.cli.convert import convert
+from hf_vla.cli.eval import evaluate
 from hf_vla.cli.inspect import inspect
 from hf_vla.cli.predict import predict
+from hf_vla.cli.record import record
 from hf_vla.cli.stats import stats
 from hf_vla.cli.train import train
 
@@ -26,13 +28,13 @@ def readable(error):
 
 
 class ReadableErrors(typer.core.TyperGroup):
-    """Shows what a user can mend (ValueError, OSError) as one sentence; any other error is a bug and stays whole."""
+    """Shows what a user can mend as one sentence; any other error is a bug and stays whole."""
 
     def invoke(self, ctx):
         """Run the subcommand."""
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:  # the last: an extra is not installed
             if os.environ.get(DEBUG_VARIABLE):
                 raise
             console = Console(stderr=True)
@@ -57,6 +59,8 @@ app.command()(predict)
 app.command()(convert)
 app.command()(inspect)
 app.command()(stats)
+app.command()(record)
+app.command("eval")(evaluate)
 # a recipe's names are read from it, not declared here
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command(context_settings=_PASSED_ON)(train)
