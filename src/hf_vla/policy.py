@@ -10,6 +10,7 @@ from hf_vla.actions.chunking import RecedingHorizon, TemporalEnsembler
 from hf_vla.actions.spec import whole_number
 from hf_vla.models.base import check_folder
 from hf_vla.models.images import to_rgb
+from hf_vla.models.requests import Request, answer
 
 IMAGES = "observation.images."
 DEPTH = "observation.depth."
@@ -165,24 +166,42 @@ class Policy:
             ValueError: the observation lacks something that the checkpoint needs, which the text names, or the model
                 acts without words. Such a call counts for nothing.
         """
-        seen, task, options = self._inputs(observation, reasoning), observation[TASK], self._options
-        recalled = reasoning is None and self._due > 0 and self._said[0] == task
-        if recalled:
-            options = {**options, "reasoning_ids": self._said[1]}
-        elif reasoning is None:
-            options = {**options, **self._reasoning_options}
-        inputs = self.processor(**self._with_past(seen), unnorm_key=self.unnorm_key, return_tensors="pt")
-        output = self.model.predict_action(**inputs.to(self.model.device), **options)
-        (chunk,) = self.processor.decode_actions(output, self.unnorm_key)
-        self._remember(seen)
-        if reasoning is not None:
-            self.reasoning, self._due = reasoning.strip(), 0  # as the processor strips it
-        elif recalled:
-            self._due -= 1
-        elif self._speaks:
-            (self.reasoning,) = self.processor.decode_reasoning(output)
-            self._said, self._due = (task, output.reasoning_ids), self._reasoning_interval - 1
-        return chunk
+        return predict_chunks([self], [observation], [reasoning])[0]
+
+    def execute(self, chunk):
+        """Say which actions a prediction leads to, for whoever predicts for several policies at once.
+
+        Args:
+            chunk (`np.ndarray` of shape `(chunk_size, action_dim)`): what was predicted last.
+
+        Returns:
+            `np.ndarray` of shape `(n_action_steps, action_dim)`: to be executed before the next prediction; one action
+            with ensembling.
+        """
+        if self._ensembler is not None:
+            return self._ensembler.update(chunk)[None]
+        return chunk[: self.n_action_steps]
+
+    def remember(self, observation):
+        """Keep what was seen at a control step without a prediction, of which a model of several observations learns.
+
+        Args:
+            observation (`dict`): see `predict_chunk`.
+
+        Raises:
+            ValueError: see `predict_chunk`.
+        """
+        self._remember(self._inputs(observation, None))
+
+    @property
+    def n_action_steps(self):
+        """Actions executed per prediction."""
+        return 1 if self._ensembler is not None else self._horizon.n_action_steps
+
+    @property
+    def looks_at_every_step(self):
+        """Whether it needs the observation of every control step, not of those alone at which it predicts."""
+        return self._ensembler is not None or self._past.maxlen > 0
 
     def select_action(self, observation, reasoning=None):
         """Return the action for this control step.
@@ -212,6 +231,37 @@ class Policy:
         else:
             self._remember(seen)
         return self._horizon.pop()
+
+    def _request(self, observation, reasoning):
+        seen, options = self._inputs(observation, reasoning), dict(self._options)
+        recalls = self._recalls(observation, reasoning)
+        if recalls:
+            options["reasoning_ids"] = self._said[1]
+        elif reasoning is None:
+            options |= self._reasoning_options
+        inputs = self.processor(**self._with_past(seen), unnorm_key=self.unnorm_key, return_tensors="pt")
+        talks = self.talks(observation, reasoning)
+        return Request(self.model, self.processor, self.unnorm_key, inputs, options, talks)
+
+    def talks(self, observation, reasoning=None):
+        """Whether the next prediction is made after words of the model's own; it shares no batch then."""
+        return self._speaks and reasoning is None and not self._recalls(observation, reasoning)
+
+    def _recalls(self, observation, reasoning):
+        """Whether the next prediction is made under what the model said before."""
+        return reasoning is None and self._due > 0 and self._said[0] == observation[TASK]
+
+    def _settle(self, observation, reasoning, output):
+        """Keep what a prediction leaves behind."""
+        self.remember(observation)
+        if reasoning is not None:
+            self.reasoning, self._due = reasoning.strip(), 0  # as the processor strips it
+        elif self._recalls(observation, reasoning):
+            self._due -= 1
+        elif self._speaks:
+            (self.reasoning,) = self.processor.decode_reasoning(output)
+            self._said = observation[TASK], output.reasoning_ids
+            self._due = self._reasoning_interval - 1
 
     @property
     def _speaks(self):
@@ -315,3 +365,26 @@ class Policy:
         if state.shape != (state_dim,) or not np.isfinite(state).all():
             raise ValueError(f"Expected {state_dim} finite numbers{names} in {STATE!r}, came {state.tolist()}.")
         return state
+
+
+def predict_chunks(policies, observations, reasonings=None, batch_size=None):
+    """Predict for several policies, those of one model in one batch where their prompts are alike.
+
+    Args:
+        policies (`list[Policy]`): each of an episode of its own.
+        observations (`list[dict]`), reasonings (`list[str | None]`, *optional*): see `Policy.predict_chunk`.
+        batch_size (`int`, *optional*): what makes a prediction independent of who shares its batch, see
+            [`~hf_vla.models.requests.answer`]. Default: as many as there are.
+
+    Returns:
+        `list[np.ndarray]` of `(chunk_size, action_dim)`: float32, robot units; see `Policy.execute`.
+
+    Raises:
+        ValueError: see `Policy.predict_chunk`; the call counts for nothing then.
+    """
+    reasonings = [None] * len(policies) if reasonings is None else reasonings
+    turns = list(zip(policies, observations, reasonings, strict=True))
+    answers = answer([policy._request(seen, words) for policy, seen, words in turns], batch_size)
+    for (policy, seen, words), (_, output) in zip(turns, answers, strict=True):
+        policy._settle(seen, words, output)
+    return [chunk for chunk, _ in answers]

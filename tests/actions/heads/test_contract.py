@@ -553,3 +553,34 @@ def test_errors_that_are_not_about_names_are_not_relabelled(name, options):
 def test_unknown_types_raise_and_list_the_known_ones(config):
     with pytest.raises(ValueError, match=r"No action head .*; there are \[.*'regression'"):
         build_action_head(config, FEATURES, ACTIONS, CHUNK)
+
+
+def test_of_a_list_of_generators_each_sample_draws_from_its_own(head, observation):
+    """Also heads and schedulers that draw while they sample."""
+    together = head.sample(**observation, generator=[seeded(number) for number in (7, 8, 9)])
+    for place, number in enumerate((7, 8, 9)):
+        row = {name: values[place : place + 1] for name, values in observation.items()}
+        alone = head.sample(**row, generator=seeded(number))
+        torch.testing.assert_close(together[place : place + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_scheduler_that_adds_noise_draws_from_each_samples_own_generator():
+    scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"}
+    head = build("diffusion", {"denoiser": UNET, "scheduler": scheduler, "num_inference_steps": 10})
+    features, mask, state = (
+        torch.randn(2, LENGTH, FEATURES),
+        torch.ones(2, LENGTH, dtype=torch.bool),
+        torch.randn(2, 4),
+    )
+    for numbers in ((7, 8), (7, 9)):
+        together = head.sample(features, mask, state, [seeded(number) for number in numbers])
+        alone = head.sample(features[:1], mask[:1], state[:1], seeded(7))
+        torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_another_number_of_generators_than_samples_is_refused():
+    with pytest.raises(ValueError, match="a generator for each of 3 samples, came 2"):
+        draw(torch.randn, (3, 4), generator=[seeded(), seeded()], device=torch.device("cpu"))
+    drawn = draw(torch.randint, 9, (2, 4), generator=[seeded(1), seeded(2)], device=torch.device("cpu"))
+    expected = [torch.randint(9, (1, 4), generator=seeded(number)) for number in (1, 2)]
+    assert torch.equal(drawn, torch.cat(expected))

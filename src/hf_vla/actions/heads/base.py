@@ -97,7 +97,7 @@ class ActionHead(nn.Module, ABC):
         features: torch.Tensor,
         feature_mask: torch.Tensor,
         state: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         noise: torch.Tensor | None = None,
         num_inference_steps: int | None = None,
         action_mask: torch.Tensor | None = None,
@@ -106,7 +106,7 @@ class ActionHead(nn.Module, ABC):
 
         Args:
             features, feature_mask, state: as in `loss`.
-            generator (`torch.Generator`, *optional*): makes the prediction repeatable.
+            generator (`torch.Generator`, *optional*): makes the prediction repeatable; a list has one for each sample.
             noise (`torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`, *optional*): to start from; heads
                 that start from none take only None.
             num_inference_steps (`int`, *optional*): denoising steps; the head's own by default; heads without any
@@ -234,18 +234,31 @@ def check_finite(actions: torch.Tensor) -> torch.Tensor:
 
 
 def draw(
-    function: Callable[..., torch.Tensor], *arguments: Any, generator: torch.Generator | None, **options: Any
+    function: Callable[..., torch.Tensor],
+    *arguments: Any,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    **options: Any,
 ) -> torch.Tensor:
     """Random numbers, drawn where the generator lives.
 
     Args:
         function, arguments, options: such as `torch.randn`, a shape and a dtype; `device` is where the numbers go to.
-        generator (`torch.Generator`, *optional*): on any device; None: the global one of `device`.
+        generator (`torch.Generator`, *optional*): on any device; None: the global one of `device`. A list has one for
+            each sample: what a sample draws does not depend on the others.
 
     Returns:
         `torch.Tensor` on `device`.
+
+    Raises:
+        ValueError: there is another number of generators than of samples.
     """
     device = options.pop("device")
+    if isinstance(generator, Sequence):
+        *others, shape = arguments
+        if len(generator) != shape[0]:
+            raise ValueError(f"Expected a generator for each of {shape[0]} samples, came {len(generator)}.")
+        own = (1, *shape[1:])
+        return torch.cat([draw(function, *others, own, generator=g, device=device, **options) for g in generator])
     place = device if generator is None else generator.device
     return function(*arguments, generator=generator, device=place, **options).to(device)
 

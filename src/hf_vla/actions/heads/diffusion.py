@@ -133,7 +133,7 @@ class DiffusionHead(DenoisingHead):
         features: torch.Tensor,
         feature_mask: torch.Tensor,
         state: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         noise: torch.Tensor | None = None,
         num_inference_steps: int | None = None,
         action_mask: torch.Tensor | None = None,
@@ -268,7 +268,9 @@ def dry_run(scheduler: Any, action: float = 0.3) -> tuple[float, float]:
 
 
 @torch.compiler.disable  # diffusers' own code would be compiled anew for every time
-def step(scheduler: Any, prediction, time, sample, generator: torch.Generator | None) -> torch.Tensor:
+def step(
+    scheduler: Any, prediction, time, sample, generator: torch.Generator | list[torch.Generator] | None
+) -> torch.Tensor:
     """Take one denoising step; the schedulers that draw numbers take a generator."""
     random = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     return scheduler.step(prediction, time, sample, **random).prev_sample

@@ -92,7 +92,7 @@ class FlowMatchingHead(DenoisingHead):
         features: torch.Tensor,
         feature_mask: torch.Tensor,
         state: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         noise: torch.Tensor | None = None,
         num_inference_steps: int | None = None,
         action_mask: torch.Tensor | None = None,

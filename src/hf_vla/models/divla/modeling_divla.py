@@ -411,7 +411,7 @@ class DiVLAForActionPrediction(BackbonePreTrainedModel):
         action_mask: torch.BoolTensor | None = None,
         reasoning_ids: torch.LongTensor | None = None,
         max_reasoning_tokens: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         noise: torch.FloatTensor | None = None,
         num_inference_steps: int | None = None,
         **others,

@@ -62,7 +62,7 @@ class DiVLAProcessor(PromptProcessor):
         camera_config: dict,
         embodiments: dict | None = None,
     ):
-        """Processor of an untrained model: bytes as text tokens, images of at most 84 x 84 pixels.
+        """Processor of an untrained model: bytes as text tokens, images of whole patches, at most 96 x 96 pixels.
 
         Args:
             config ([`DiVLAConfig`]): with the ids of the byte tokenizer, see the preset "tiny".
@@ -84,7 +84,7 @@ class DiVLAProcessor(PromptProcessor):
             patch_size=vision.patch_size,
             merge_size=vision.spatial_merge_size,
             temporal_patch_size=vision.temporal_patch_size,
-            size={"shortest_edge": side**2, "longest_edge": (3 * side) ** 2},
+            size={"shortest_edge": side**2, "longest_edge": (96 // side * side) ** 2},
         )
         processor = SimpleNamespace(image_processor=image_processor, tokenizer=tokenizer)
         # The published prompt without its system message and roles: bytes are many.

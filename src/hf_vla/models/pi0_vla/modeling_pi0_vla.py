@@ -135,7 +135,7 @@ class PI0VLAForActionPrediction(VLAPreTrainedModel, PI0ForConditionalGeneration)
         attention_mask: torch.Tensor | None = None,
         pixel_attention_mask: torch.BoolTensor | None = None,
         state: torch.FloatTensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         noise: torch.FloatTensor | None = None,
         num_inference_steps: int | None = None,
         **others,
@@ -144,7 +144,7 @@ class PI0VLAForActionPrediction(VLAPreTrainedModel, PI0ForConditionalGeneration)
 
         Args:
             input_ids, pixel_values, attention_mask, pixel_attention_mask, state: as in `forward`.
-            generator (`torch.Generator`, *optional*): makes the prediction repeatable.
+            generator (`torch.Generator`, *optional*): makes the prediction repeatable; a list has one for each sample.
             noise (`torch.FloatTensor` of shape `(batch_size, chunk_size, max_action_dim)`, *optional*): to start from.
             num_inference_steps (`int`, *optional*): Euler steps; the checkpoint's by default.
             others: nothing but None.

@@ -162,7 +162,7 @@ class TinyVLAForActionPrediction(BackbonePreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         state: torch.FloatTensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         noise: torch.FloatTensor | None = None,
         num_inference_steps: int | None = None,
         action_mask: torch.BoolTensor | None = None,
