@@ -222,7 +222,7 @@ def test_an_override_reaches_into_lists_and_the_configuration():
     recipe = load_recipe(RECIPES / "tinyvla_tiny.yaml", overrides)
     assert recipe.data.cameras == [CameraArguments("agentview"), CameraArguments("wrist", 75.0)]
     assert recipe.model.config["head_config"]["type"] == "regression"
-    assert recipe.data.state is None and load_recipe(RECIPES / "tinyvla_tiny.yaml").data.state.frame == "base"
+    assert recipe.data.state is None and load_recipe(RECIPES / "tinyvla_tiny.yaml").data.state.frame == "world"
 
 
 def test_help_names_everything_of_a_recipe(capsys):

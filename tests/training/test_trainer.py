@@ -85,7 +85,7 @@ def test_the_saved_grid_spec_and_camera_fit_the_dataset(run):
     spec, state = processor.action_codec.specs()
     gripper = GripperSpec(6, -1.0, 1.0)
     names = ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")
-    assert spec == ActionSpec(names, "delta_ee", "axis_angle", "base", 20.0, gripper)
+    assert spec == ActionSpec(names, "delta_ee", "axis_angle", "world", 20.0, gripper)
     assert state is None
     assert processor.action_codec.tokenizer.num_bins == (8, 16, 8, 8, 8, 8)
     focal = 48 / np.tan(np.radians(22.5))
@@ -168,7 +168,7 @@ def test_a_checkpoint_that_lacks_weights_is_not_resumed(run, make_recipe, tmp_pa
         ({"data__eval_episodes": [3, 8]}, "The recipe gives another statistics than .*checkpoint-3 was trained with"),
         ({"model__grid__distribution": "quantile"}, "The recipe gives another action_config than"),
         ({"data__chunk_size": 2}, "The recipe gives another action_config than"),
-        ({"data__action__frame": "camera"}, "ActionSpec of the checkpoint .* frame: .* 'base', the recipe 'camera'"),
+        ({"data__action__frame": "camera"}, "ActionSpec of the checkpoint .* frame: .* 'world', the recipe 'camera'"),
         ({"data__cameras__0__fovy": 60}, "CameraSpec of the checkpoint .* and of the recipe differ in intrinsics"),
     ],
 )

@@ -109,7 +109,7 @@ def test_the_state_is_normalised_by_the_training_episodes(tinyvla, demos):
     wanted = (states[:9] - states.mean(0)) / states.std(0).clip(0.01)
     np.testing.assert_allclose(processor.action_codec.encode_state(states[:9]), wanted, rtol=1e-5, atol=1e-6)
     _, spec = processor.action_codec.specs()
-    assert (spec.names[0], spec.rotation, spec.frame, len(spec.names)) == ("x", "axis_angle", "base", 8)
+    assert (spec.names[0], spec.rotation, spec.frame, len(spec.names)) == ("x", "axis_angle", "world", 8)
 
 
 def test_actions_are_normalised_as_published(tinyvla, demos):
