@@ -29,6 +29,9 @@ def record(
             "such demonstrations show how to come back."
         ),
     ] = 0.0,
+    noise_steps: Annotated[
+        int, typer.Option(min=1, help="Above 1: pushes of so many control steps, and rests of twice as many.")
+    ] = 1,
     seed: Annotated[
         int | None, typer.Option(help="First seed of every task; default: the first that no evaluation uses.")
     ] = None,
@@ -60,6 +63,7 @@ def record(
         sizes(simulated.default_cameras, cameras, size),
         rendering,
         noise,
+        noise_steps,
         FIRST_RECORDING_SEED if seed is None else seed,
         horizon,
     )

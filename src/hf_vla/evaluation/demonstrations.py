@@ -36,6 +36,9 @@ class RecordingPlan:
         rendering (`str`): "fast" or "full".
         noise (`float`): standard deviation of what is added to the actions that are executed, but not to those that
             are recorded, in halves of their range; none is added to the gripper.
+        noise_steps (`int`): above 1, each draw lasts for so many control steps and is followed by a rest of twice as
+            many: at a high rate noise of single steps leads nowhere, while after a push the expert shows how to come
+            back.
         first_seed (`int`): of the first episode of every task; the others count up from it.
         horizon (`int`, *optional*): steps after which an attempt has failed; the simulator's by default.
 
@@ -51,6 +54,7 @@ class RecordingPlan:
     cameras: dict[str, tuple[int, int]] | None = None
     rendering: str = "fast"
     noise: float = 0.0
+    noise_steps: int = 1
     first_seed: int = FIRST_RECORDING_SEED
     horizon: int | None = None
 
@@ -60,7 +64,7 @@ class RecordingPlan:
         simulator(self.env).select(",".join(self.tasks))
         if self.rendering not in RENDERINGS:
             raise ValueError(f"Expected a rendering among {RENDERINGS}, came {self.rendering!r}.")
-        for name in ("episodes", "horizon"):
+        for name in ("episodes", "horizon", "noise_steps"):
             if (count := getattr(self, name)) is not None and count < 1:
                 raise ValueError(f"Expected {name} to be 1 or more, came {count}.")
         if not 0 <= self.noise <= 1:
@@ -78,14 +82,16 @@ class RecordingPlan:
         return env
 
 
-def demonstrate(env: SimulatedTask, actor: Expert, seed: int, noise: float = 0.0) -> Iterator[dict[str, Any]]:
+def demonstrate(
+    env: SimulatedTask, actor: Expert, seed: int, noise: float = 0.0, noise_steps: int = 1
+) -> Iterator[dict[str, Any]]:
     """Let an expert act until the episode ends; `env.success` says then whether it solved the task.
 
     Args:
         env (`SimulatedTask`): to act in.
         actor (`Expert`): of this environment.
         seed (`int`): decides the initial state and the noise.
-        noise (`float`): see [`RecordingPlan`].
+        noise (`float`), noise_steps (`int`): see [`RecordingPlan`].
 
     Yields:
         `dict`: an observation, and under "action" what the expert wanted to do then, `(D,)` float32, robot units.
@@ -97,11 +103,14 @@ def demonstrate(env: SimulatedTask, actor: Expert, seed: int, noise: float = 0.0
     if env.action_spec.gripper is not None:
         spread[env.action_spec.gripper.index] = 0.0
     random = np.random.default_rng([seed, zlib.crc32(env.task.encode())])
-    ended = False
+    ended, push = False, 0.0
     while not ended:
         action = np.clip(actor.act(), low, high).astype(np.float32)
         yield {**env.observe(), ACTION: action}
-        ended = any(env.advance(action + spread * random.standard_normal(action.shape)))
+        if env.episode_length % noise_steps == 0:
+            rests = noise_steps > 1 and env.episode_length // noise_steps % 3
+            push = 0.0 if rests else spread * random.standard_normal(action.shape)
+        ended = any(env.advance(action + push))
 
 
 @dataclass
@@ -228,7 +237,7 @@ def _work(connection, plan):
                     env.close()
                 env = plan.make(task)
                 actor = expert(plan.env)(env)
-            for frame in demonstrate(env, actor, seed, plan.noise):
+            for frame in demonstrate(env, actor, seed, plan.noise, plan.noise_steps):
                 connection.send(frame)
             connection.send(env.success)
     except (EOFError, ConnectionError):

@@ -128,6 +128,8 @@ from pathlib import Path
 import numpy as np
 from hf_vla.data.recording.encoding import VideoEncoder, VideoOptions
 
+VideoOptions().check(Fraction(30), 64, 64)
+assert os.sched_getscheduler(0) == os.SCHED_OTHER
 encoder = VideoEncoder(Path(sys.argv[1]), Fraction(30), (64, 64, 3), VideoOptions())
 encoder.add(np.zeros((64, 64, 3), np.uint8)).result()
 encoder.add(np.zeros((64, 64, 3), np.uint8)).result()

@@ -73,7 +73,7 @@ class VideoOptions:
             ValueError: the encoder does not take pictures of this size.
         """
         try:
-            with av.open(io.BytesIO(), "w", format="mp4") as container:
+            with _usual_priority(), av.open(io.BytesIO(), "w", format="mp4") as container:
                 stream = self.add_stream(container, fps, height, width)
                 container.mux(stream.encode(_frame(np.zeros((height, width, 3), np.uint8), 0, fps)))
                 container.mux(stream.encode())
