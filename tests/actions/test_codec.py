@@ -19,6 +19,7 @@ class Tenths:
     """One id per number: tenths of [-1, 1]."""
 
     action_dim = D
+    terminate = False
 
     def encode(self, actions):
         return np.rint((actions.reshape(*actions.shape[:-2], -1) + 1) * 10).astype(np.int64)
@@ -56,6 +57,22 @@ def test_with_tokenizer_the_target_is_its_ids(chunk, monkeypatch):
         ActionCodec(
             {"small": {"action": {"q01": [0.0] * 2, "q99": [1.0] * 2}}}, CONFIG | {"tokenizer": {"type": "tenths"}}
         ).normalizer()
+
+
+def test_tokens_that_say_where_an_episode_ends(chunk):
+    plain, codec = (
+        ActionCodec({"robot": ROBOT}, CONFIG | {"tokenizer": {"type": "uniform", "action_dim": D, "terminate": ends}})
+        for ends in (False, True)
+    )
+    assert codec.terminates and not plain.terminates
+    ends = np.zeros(chunk.shape[:-1], bool)
+    ends[..., -1] = True
+    ids = codec.encode(chunk, terminate=ends)
+    assert ids.shape == (2, 5, T * (D + 1))
+    np.testing.assert_array_equal(codec.tokenizer.decode_terminate(ids), ends)
+    np.testing.assert_array_equal(codec.decode(ids), plain.decode(plain.encode(chunk, terminate=ends)))
+    with pytest.raises(ValueError, match="give `terminate`, True at its last action"):
+        codec.encode(chunk)
 
 
 def test_with_the_256_bins_of_the_registry(chunk):

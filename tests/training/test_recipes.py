@@ -43,6 +43,18 @@ def test_every_recipe_loads(name):
     assert recipe.training.output_dir == f"outputs/{name}"
 
 
+def test_the_recipe_of_discrete_diffusion_trains_and_predicts(make_recipe, demo_item, tmp_path):
+    options = {"data__eval_episodes": [6], "training__max_steps": 2, "training__eval_strategy": "steps"}
+    options |= {"training__eval_steps": 2, "training__save_strategy": "no", "training__per_device_eval_batch_size": 3}
+    recipe = make_recipe(tmp_path, "discrete_diffusion", **options, training__per_device_train_batch_size=2)
+    assert np.isfinite(train(recipe)["eval_action_error"])
+    policy = Policy.from_pretrained(tmp_path)
+    config = policy.model.config
+    assert (config.decoding, config.num_decoding_steps, len(config.action_ranges(4))) == ("discrete_diffusion", 4, 12)
+    chunk = policy.predict_chunk(demo_item)
+    assert chunk.shape == (4, 7) and np.array_equal(Policy.from_pretrained(tmp_path).predict_chunk(demo_item), chunk)
+
+
 # peft asks every model for an attribute that transformers is about to rename.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", sorted(SYSTEMS))
@@ -100,6 +112,25 @@ def test_a_recipe_for_a_checkpoint_trains_what_it_says(name, make_recipe, tiny_c
     own = next(value for each, value in model.named_parameters() if each.startswith("spatial_embed_tokens"))
     embedding = dict(model.named_parameters()).get("spatial_embed_tokens.modules_to_save.default.weight", own)
     assert torch.equal(embedding, before.to(embedding.dtype)) == (name == "spatialvla_lora")
+
+
+# name: ids an action, actions a chunk, whether patches know where they are in space
+TOKENS = {"rt2": (8, 1, False), "openvla": (7, 1, False), "3d_vla": (7, 1, True), "fast": (None, 16, False)}
+
+
+@pytest.mark.parametrize("name", sorted(TOKENS))
+def test_a_recipe_of_action_tokens_trains_and_predicts(name, make_recipe, demo_item, tmp_path):
+    options = {"data__eval_episodes": [6], "training__max_steps": 2, "training__eval_strategy": "steps"}
+    options |= {"training__eval_steps": 2, "training__save_strategy": "no", "training__per_device_eval_batch_size": 3}
+    metrics = train(make_recipe(tmp_path, name, **options, training__per_device_train_batch_size=2))
+    assert np.isfinite([metrics["eval_loss"], metrics["eval_action_error"]]).all()
+    policy, again = (Policy.from_pretrained(tmp_path) for _ in range(2))
+    num_ids, chunk_size, ego3d = TOKENS[name]
+    assert (policy.model.config.action_ranges(1) or None) == (num_ids and [(0, 2)] * (num_ids == 8) + [(0, 256)] * 7)
+    assert policy.model.config.use_ego3d == ego3d and not policy.takes_state
+    chunk = policy.predict_chunk(demo_item)
+    assert chunk.shape == (chunk_size, 7) and np.isfinite(chunk).all()
+    assert np.array_equal(again.predict_chunk(demo_item), chunk)
 
 
 def test_the_tinyvla_lora_recipe_has_the_published_hyper_parameters():

@@ -75,6 +75,11 @@ class ActionCodec:
         """Numbers of a state of the model, likewise; None where it takes none."""
         return self._dim("state") if self.takes_state else None
 
+    @property
+    def terminates(self) -> bool:
+        """Whether the action tokens say, beside the action, where an episode ends."""
+        return self.tokenizer is not None and self.tokenizer.terminate
+
     def resolve_key(self, unnorm_key: str | None = None) -> str:
         """Return the dataset to use.
 
@@ -133,23 +138,38 @@ class ActionCodec:
         sizes = [self.normalizer(key).action_dim for key in unnorm_keys]
         return np.arange(self.action_dim) < np.array(sizes)[:, None]
 
-    def encode(self, actions: ArrayLike, unnorm_key: str | None = None, pad: bool = True) -> np.ndarray:
+    def encode(
+        self,
+        actions: ArrayLike,
+        unnorm_key: str | None = None,
+        pad: bool = True,
+        terminate: ArrayLike | None = None,
+    ) -> np.ndarray:
         """Turn actions into what the model is trained on.
 
         Args:
             actions (`np.ndarray` of shape `(..., chunk_size, action_dim)`): robot units, the dataset's own numbers.
             unnorm_key (`str`, *optional*): see `resolve_key`.
             pad (`bool`, defaults to `True`): False: keep the dataset's own numbers alone.
+            terminate (`np.ndarray` of shape `(..., chunk_size)`, bool, *optional*): where the episode ends; needed
+                where the tokenizer says so, and else ignored.
 
         Returns:
             `np.ndarray`: action ids, int64 of shape `(..., N)`, with a tokenizer; else normalised actions, float32,
             `(..., chunk_size, self.action_dim)`: zeros behind the robot's own numbers.
 
         Raises:
-            ValueError: the shape does not fit, a value is NaN or infinite, or see `normalizer`.
+            ValueError: the shape does not fit, a value is NaN or infinite, `terminate` is missing, or see
+                `normalizer`.
         """
         normalizer = self.normalizer(unnorm_key)
         normalized = normalizer.normalize(self._checked(actions, normalizer, "actions"))
+        if self.terminates:
+            if terminate is None:
+                raise ValueError(
+                    "These action tokens say where an episode ends: give `terminate`, True at its last action."
+                )
+            return self.tokenizer.encode(normalized, np.asarray(terminate))
         if self.tokenizer is not None:
             return self.tokenizer.encode(normalized)
         return _padded(normalized.astype(np.float32), self.action_dim if pad else normalizer.action_dim)

@@ -18,7 +18,8 @@ class VLAOutput(ModelOutput):
         actions (`torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`): normalised actions of a
             continuous head.
         action_ids (`torch.Tensor` of shape `(batch_size, num_action_tokens)`, int64): ids of an action tokenizer,
-            relative to its own vocabulary (0 is its first id).
+            relative to its own vocabulary (0 is its first id); -100 behind a chunk that needs fewer than another of
+            the batch.
         reasoning_ids (`torch.Tensor` of shape `(batch_size, reasoning_length)`, int64): the reasoning with its end
             token, padded on the right.
         diffusion_loss (`torch.Tensor` of shape `()`): the action head's part of a loss that has several.

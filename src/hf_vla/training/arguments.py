@@ -67,6 +67,13 @@ class ModelArguments:
         config (`dict`, *optional*): fields of the family's configuration that replace a new model's own.
         dtype (`str`): of the weights, "float32" or, with `lora`, whose adapters stay float32, "bfloat16".
         grid (`GridArguments`, *optional*): SpatialVLA's grid to fit, for a preset or with `adapt_grid`.
+        action_tokenizer (`dict`, *optional*): what a SpatialVLA of a preset emits instead of the grid's tokens: the
+            `type`, "uniform" or "fast", and its options, such as `{"type": "uniform", "n_bins": 256}` (RT-2's with
+            `"terminate": true`, OpenVLA's with `"convention": "openvla"`) or `{"type": "fast", "vocab_size": 1024}`,
+            which is fitted to the dataset, see [`~hf_vla.actions.tokenizers.registry`].
+        depth_model (`str`, *optional*): folder or Hub name of the ZoeDepth that tells a SpatialVLA of a preset how far
+            things are, `Intel/zoedepth-nyu-kitti` for example, or what `scripts/train_depth.py` wrote; without it, an
+            untrained one, or the robot's own depth with `config: {use_vision_zoe: false, use_ego3d: true}`.
         adapt_grid (`bool`): fit a checkpoint's grid anew to this dataset and move its spatial embeddings along.
         lora (`LoraArguments`, *optional*): train adapters instead of the weights.
         tune (`str`): without `lora`, what is trained: "full", everything, or "head", only what makes actions of what
@@ -89,6 +96,8 @@ class ModelArguments:
     config: dict[str, Any] | None = None
     dtype: str = "float32"
     grid: GridArguments | None = None
+    action_tokenizer: dict[str, Any] | None = None
+    depth_model: str | None = None
     adapt_grid: bool = False
     lora: LoraArguments | None = None
     tune: str = "full"
@@ -125,6 +134,12 @@ class ModelArguments:
                 "model.quantization is of the frozen weights of a checkpoint under adapters: give model.path and "
                 "model.lora, too. For a new head on a VLM, train or save the full model first."
             )
+        if self.action_tokenizer is not None and self.grid is not None:
+            raise ValueError("A model emits tokens of one kind: give model.grid or model.action_tokenizer, not both.")
+        if self.path is not None and self.action_tokenizer is not None:
+            raise ValueError("A checkpoint keeps its own action tokenizer: leave model.action_tokenizer out.")
+        if self.path is not None and self.depth_model is not None:
+            raise ValueError("A checkpoint keeps its own depth model: leave model.depth_model out.")
         if self.path is not None and self.grid is not None and not self.adapt_grid:
             raise ValueError("A checkpoint keeps its own grid: leave model.grid out, or set model.adapt_grid: true.")
         if self.path is not None and self.config:

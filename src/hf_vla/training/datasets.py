@@ -83,7 +83,8 @@ def write_report(datasets: list[OpenDataset], folder: str | Path) -> None:
 
 def _open(data: DataArguments, arguments: DatasetArguments, cache: FrameCache | None) -> OpenDataset:
     names = [camera.name for camera in arguments.cameras]
-    windows = {schema.ACTION: range(data.chunk_size)}
+    # Behind an episode's last action there is no row: models learn from it where episodes end.
+    windows = {schema.ACTION: range(data.chunk_size), schema.TIMESTAMP: range(1, data.chunk_size + 1)}
     if data.n_obs_steps > 1:
         seen = [schema.camera_key(name) for name in names] + [schema.STATE] * (arguments.state is not None)
         windows |= dict.fromkeys(seen, range(1 - data.n_obs_steps, 1))

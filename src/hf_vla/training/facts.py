@@ -13,6 +13,8 @@ from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.training.data_arguments import CameraArguments, DataArguments
 from hf_vla.training.datasets import OpenDataset
 
+MAX_CHUNKS = 10_000  # of a dataset: what an action tokenizer is fitted to
+
 
 @dataclass(frozen=True)
 class DatasetFacts:
@@ -22,6 +24,8 @@ class DatasetFacts:
         statistics (`dict`): its entry there, "action", "num_trajectories" and "num_transitions", and "state" where
             the recipe uses it.
         actions (`np.ndarray` of shape `(num_transitions, action_dim)`): those to be learnt, robot units.
+        chunks (`np.ndarray` of shape `(num_chunks, chunk_size, action_dim)`): some of those to be learnt, evenly
+            spread, robot units; behind an episode's end its last action.
         action_spec (`ActionSpec`): what they mean.
         state_spec (`StateSpec`, *optional*): what the state means; None where the model shall see none.
         cameras (`list[CameraSpec]`): in the recipe's order; also those that other datasets alone have.
@@ -29,6 +33,7 @@ class DatasetFacts:
 
     statistics: dict[str, Any]
     actions: np.ndarray
+    chunks: np.ndarray
     action_spec: ActionSpec
     state_spec: StateSpec | None
     cameras: list[CameraSpec]
@@ -42,6 +47,7 @@ class DataFacts:
         datasets (`dict[str, DatasetFacts]`): by unnorm_key, the dataset's name in the checkpoint.
         chunk_size (`int`): actions of one prediction.
         n_obs_steps (`int`): observations that the model sees.
+        holds_tail (`bool`): whether the robot holds its position behind an episode's end, in chunks to be learnt.
         reasonings (`list[str]`, *optional*): what the model is to say, each text once; None where it says nothing.
         without_text (`float`): share of the training frames whose reasoning is missing or blank.
     """
@@ -49,6 +55,7 @@ class DataFacts:
     datasets: dict[str, DatasetFacts]
     chunk_size: int
     n_obs_steps: int = 1
+    holds_tail: bool = False
     reasonings: list[str] | None = None
     without_text: float = 0.0
 
@@ -115,7 +122,7 @@ def data_facts(data: DataArguments, datasets: list[OpenDataset]) -> DataFacts:
         texts = np.concatenate([_texts(dataset, data.reasoning) for dataset in datasets])
         said = [text for text in texts if text and not text.isspace()]
         reasonings, without_text = sorted(set(said)), 1 - len(said) / len(texts)
-    return DataFacts(facts, data.chunk_size, data.n_obs_steps, reasonings, without_text)
+    return DataFacts(facts, data.chunk_size, data.n_obs_steps, data.chunk_tail == "hold", reasonings, without_text)
 
 
 def _camera_names(data: DataArguments) -> list[str]:
@@ -146,7 +153,9 @@ def _dataset_facts(opened: OpenDataset) -> DatasetFacts:
     spec = ActionSpec(names, action.kind, action.rotation, action.frame, float(dataset.fps), action.gripper)
     if spec.gripper is not None:
         _check_gripper(spec.gripper, actions[:, spec.gripper.index])
-    return DatasetFacts(entry, actions, spec, state_spec, [camera_spec(camera, dataset) for camera in data.cameras])
+    chunks, _ = dataset.windows(schema.ACTION, opened.train_rows[:: 1 + len(opened.train_rows) // MAX_CHUNKS])
+    cameras = [camera_spec(camera, dataset) for camera in data.cameras]
+    return DatasetFacts(entry, actions, chunks, spec, state_spec, cameras)
 
 
 def camera_spec(camera: CameraArguments, dataset: LeRobotEpisodes) -> CameraSpec:

@@ -70,6 +70,7 @@ PUBLISHED = {
             *("linear", "position_embedding_head.0", "position_embedding_head.3"),  # projector, Ego3D encoding
         ],
         excluded=r"vision_zoe_model\..*",  # parts of the frozen depth model bear the names of targets as well
+        in_full=("action_mask_embedding",),  # of discrete diffusion
         init="gaussian",
     ),
     "tinyvla": LoraRecipe(

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 SPATIAL_EMBEDDING = "spatial_embed_tokens"
+ACTION_EMBEDDINGS = (SPATIAL_EMBEDDING, "action_mask_embedding")
 # What vision-language models of transformers call the layers between vision tower and language model.
 PROJECTORS = ("multi_modal_projector", "connector", "merger")
 # What is new when a vision-language model learns to act, by the names of modules: action heads, FiLM and what a robot
@@ -44,7 +45,8 @@ def parameter_groups(model: nn.Module, trained_only: bool = True) -> dict[str, d
         elif any(part in HEAD for part in parts):
             group = "head"
         else:
-            group = "embeddings" if SPATIAL_EMBEDDING in parts or id(parameter) in of_text else "backbone"
+            of_actions = any(part in ACTION_EMBEDDINGS for part in parts)
+            group = "embeddings" if of_actions or id(parameter) in of_text else "backbone"
         groups[group][name] = parameter
     return {group: members for group, members in groups.items() if members}
 
@@ -100,7 +102,7 @@ def freeze_backbone(model: nn.Module, is_new: bool = False) -> None:
         )
     groups = parameter_groups(model)
     for name, parameter in (groups.get("backbone", {}) | groups.get("embeddings", {})).items():
-        parameter.requires_grad_(SPATIAL_EMBEDDING in name.split("."))
+        parameter.requires_grad_(any(part in ACTION_EMBEDDINGS for part in name.split(".")))
     if not parameter_groups(model):
         raise ValueError(f"model.tune: head leaves nothing of this {type(model).__name__} to be trained.")
 

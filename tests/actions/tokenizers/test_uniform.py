@@ -80,3 +80,33 @@ def test_bad_options_raise():
         UniformTokenizer(convention="centres")
     with pytest.raises(ValueError, match="Expected action_dim >= 1 and n_bins >= 2; got 7 and 1"):
         UniformTokenizer(n_bins=1)
+
+
+@pytest.mark.parametrize("convention", ["centers", "openvla"])
+def test_the_terminate_id_of_rt2(convention):
+    """terminate, then the numbers: 1 where the episode ends, of the ids that all share."""
+    plain, tokenizer = (UniformTokenizer(7, 256, convention, terminate) for terminate in (False, True))
+    actions = np.random.default_rng(0).uniform(-1, 1, (3, 2, 4, 7))
+    ends = np.random.default_rng(1).random((3, 2, 4)) < 0.5
+    ids = tokenizer.encode(actions, ends)
+    assert ids.shape == (3, 2, 32) and ids.dtype == np.int64 and tokenizer.vocab_size == 256
+    steps = ids.reshape(3, 2, 4, 8)
+    np.testing.assert_array_equal(steps[..., 0], ends)
+    np.testing.assert_array_equal(steps[..., 1:].reshape(3, 2, 28), plain.encode(actions))
+    np.testing.assert_array_equal(tokenizer.decode(ids, 4), plain.decode(plain.encode(actions)))
+    np.testing.assert_array_equal(tokenizer.decode_terminate(ids, 4), ends)
+    np.testing.assert_array_equal(tokenizer.encode(actions), tokenizer.encode(actions, np.zeros_like(ends)))
+    np.testing.assert_array_equal(tokenizer.id_ranges(2), [[0, 2], *[[0, 256]] * 7] * 2)
+    again = UniformTokenizer.from_dict(tokenizer.to_dict())
+    np.testing.assert_array_equal(again.decode_terminate(ids), ends)
+    ids[1, 0, 8] = 2
+    with pytest.raises(ValueError, match=r"ids\[1, 0, 8\] is 2; expected an id of the terminate block, \[0, 2\)"):
+        tokenizer.decode(ids)
+
+
+def test_bad_terminate_raises():
+    for wrong in (np.zeros((2, 3), bool), np.zeros(4)):
+        with pytest.raises(ValueError, match=r"Expected terminate as bool of shape \(4,\), got "):
+            UniformTokenizer(7, terminate=True).encode(np.zeros((4, 7)), wrong)
+    with pytest.raises(ValueError, match="needs terminate=True"):
+        UniformTokenizer(7).decode_terminate(np.zeros(7, int))

@@ -225,7 +225,9 @@ def test_a_grid_of_another_size_is_refused_by_name(processor):
     spec = {"names": names, "kind": "delta_ee"}
     limits = {"q01": [-1.0] * 8, "q99": [1.0] * 8}
     config = processor.action_config | {"specs": {"wide": {"action": spec}}}
-    with pytest.raises(ValueError, match="grid bins 7 numbers of every robot alike, the actions of 'wide' have 8"):
+    with pytest.raises(
+        ValueError, match="action tokens stand for 7 numbers of every robot alike, the actions of 'wide' have 8"
+    ):
         SpatialVLAProcessor(
             processor.image_processor,
             processor.tokenizer,

@@ -55,6 +55,7 @@ class ActionTokenizer(ABC):
     type: ClassVar[str]
     vocab_size: int
     action_dim: int
+    terminate: bool = False  # whether ids say where an episode ends; `encode` then takes `terminate`, too
 
     @abstractmethod
     def encode(self, actions: np.ndarray) -> np.ndarray:

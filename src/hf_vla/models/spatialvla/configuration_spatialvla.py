@@ -1,6 +1,7 @@
 """SpatialVLA configuration."""
 
 import dataclasses
+from itertools import accumulate
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -9,6 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from hf_vla.models.names import refuse_near_misses
 
+DECODINGS = ("autoregressive", "discrete_diffusion")
 # Small enough to train on two CPU cores in minutes; every part of the architecture is there.
 _TINY = {
     "vision_config": {
@@ -75,8 +77,12 @@ class SpatialVLAConfig(PreTrainedConfig):
         action_token_begin_idx (`int`): id of the first action token; `spatial_token_num` ids follow.
         spatial_token_num (`int`): number of action tokens, all blocks together.
         action_block_sizes (`list[int]`): how the action tokens of one step divide into blocks (translation, rotation,
-            gripper), in the order in which they are generated. `None` for other grids than the published one:
-            `from_pretrained` then reads it from the checkpoint's processor.
+            gripper), in the order in which they are generated, one token from each. `None` for other grids than the
+            published one: `from_pretrained` then reads it from the checkpoint's processor.
+        action_token_ranges (`list[list[int]]`): the same for tokenizers other than grids: `[first, stop]` of the
+            action tokens, counted from 0, for each token of an action; several may choose among the same. `[]` where
+            the number of tokens differs from chunk to chunk, as in FAST: the action tokenizer then says at every
+            token which may follow.
         chunk_size (`int`): actions that one prediction holds. `None`: read from the processor likewise.
         use_spatial_token (`bool`): embed action tokens with `spatial_embed_tokens` instead of the language model's
             own embedding rows.
@@ -86,6 +92,13 @@ class SpatialVLAConfig(PreTrainedConfig):
         ego3d_patch_reso (`int`): points per patch side that are lifted to 3-D.
         n_freqs (`int`): frequencies of the Ego3D encoding.
         zoe_image_size (`int`): side in pixels at which ZoeDepth sees the image.
+        decoding (`str`): how a chunk's tokens come about. `"autoregressive"`: one after the other.
+            `"discrete_diffusion"`: all at once, in a few passes that begin with all of them masked, see
+            [`~hf_vla.models.spatialvla.masked_decoding.decode`]; for tokenizers with a fixed number of tokens an
+            action.
+        num_decoding_steps (`int`): passes of discrete diffusion, fewer than a chunk has tokens.
+        remask_threshold (`float`), remask_drop (`float`): when discrete diffusion masks a token again: its probability
+            is below the threshold, or has fallen by more than the drop. 0 and 1: never.
         n_obs_steps (`int`): frames that the model sees, the last of them the present; the tokens of all stand in the
             prompt, the oldest first.
 
@@ -146,6 +159,7 @@ class SpatialVLAConfig(PreTrainedConfig):
     action_token_begin_idx: int = 257153
     spatial_token_num: int = 8194
     action_block_sizes: list[int] | None = None
+    action_token_ranges: list[list[int]] | None = None
     chunk_size: int | None = None
     use_spatial_token: bool = True
     use_vision_zoe: bool = True
@@ -153,6 +167,10 @@ class SpatialVLAConfig(PreTrainedConfig):
     ego3d_patch_reso: int = 2
     n_freqs: int = 8
     zoe_image_size: int = 384
+    decoding: str = "autoregressive"
+    num_decoding_steps: int = 4
+    remask_threshold: float = 0.0
+    remask_drop: float = 1.0
     n_obs_steps: int = 1
     bos_token_id: int = 2
     eos_token_id: int = 1
@@ -180,13 +198,13 @@ class SpatialVLAConfig(PreTrainedConfig):
         self.architectures = self.architectures or ["SpatialVLAForConditionalGeneration"]
         if self.use_ego3d is None:
             self.use_ego3d = self.use_vision_zoe
-        if self.action_block_sizes is None and self.spatial_token_num == 8194:
+        if self.action_block_sizes is None and self.action_token_ranges is None and self.spatial_token_num == 8194:
             self.action_block_sizes = [4096, 4096, 2]
 
     def validate_architecture(self):
         """Check that sizes are positive and that the action tokens fit the vocabulary and their blocks."""
         sizes = ("ego3d_patch_reso", "n_freqs", "zoe_image_size", "spatial_token_num", "action_block_sizes")
-        for name in (*sizes, "n_obs_steps"):
+        for name in (*sizes, "num_decoding_steps", "n_obs_steps"):
             value = getattr(self, name)
             if value is not None and min(value if isinstance(value, list) else [value]) < 1:
                 raise ValueError(f"Expected {name} of 1 or more, got {value}.")
@@ -201,13 +219,58 @@ class SpatialVLAConfig(PreTrainedConfig):
                 f"action_block_sizes {self.action_block_sizes} hold {sum(self.action_block_sizes)} tokens, but "
                 f"spatial_token_num is {self.spatial_token_num}."
             )
+        if self.action_token_ranges is not None:
+            if self.action_block_sizes is not None:
+                raise ValueError("Expected action_block_sizes or action_token_ranges, got both.")
+            for places in self.action_token_ranges:
+                if len(places) != 2 or not 0 <= places[0] < places[1] <= self.spatial_token_num:
+                    raise ValueError(
+                        "Expected action_token_ranges of [first, stop] within the spatial_token_num "
+                        f"{self.spatial_token_num} action tokens, got {places}."
+                    )
+        self._validate_decoding()
         if self.vision_config.image_size % self.vision_config.patch_size:
             raise ValueError(
                 f"image_size {self.vision_config.image_size} is no multiple of "
                 f"patch_size {self.vision_config.patch_size}."
             )
 
+    def _validate_decoding(self):
+        if self.decoding not in DECODINGS:
+            raise ValueError(f"Expected a decoding in {list(DECODINGS)}, got {self.decoding!r}.")
+        for name in ("remask_threshold", "remask_drop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"Expected a {name} in [0, 1], a probability, got {getattr(self, name)}.")
+        if self.decoding == "autoregressive":
+            return
+        if self.action_token_ranges == []:
+            raise ValueError(
+                "Discrete diffusion fills in a fixed number of tokens, but that of these differs from chunk to chunk, "
+                "as with FAST: set decoding to 'autoregressive', or take uniform bins or a grid."
+            )
+        ranges = None if self.chunk_size is None else self.action_ranges(self.chunk_size)
+        if ranges is not None and self.num_decoding_steps > len(ranges):
+            raise ValueError(
+                f"Expected num_decoding_steps of at most {len(ranges)}, the number of tokens of a chunk, got "
+                f"{self.num_decoding_steps}."
+            )
+
     @property
     def num_image_tokens(self) -> int:
         """Patches, hence `<image>` tokens, of one frame."""
         return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+    def action_ranges(self, chunk_size: int) -> list[tuple[int, int]] | None:
+        """Action tokens `[first, stop)`, counted from 0, that may stand at each place of a chunk.
+
+        Args:
+            chunk_size (`int`): actions of the chunk.
+
+        Returns:
+            `list[tuple[int, int]]`: one for each token; `[]` where their number differs from chunk to chunk. None:
+            this configuration does not say.
+        """
+        if self.action_block_sizes is not None:
+            stops = list(accumulate(self.action_block_sizes))
+            return list(zip([0, *stops[:-1]], stops, strict=True)) * chunk_size
+        return self.action_token_ranges and [tuple(places) for places in self.action_token_ranges] * chunk_size

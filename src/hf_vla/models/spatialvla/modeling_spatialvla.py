@@ -1,30 +1,30 @@
-"""SpatialVLA: SigLIP patches that know where they are in space, a causal language model, three tokens per action.
+"""SpatialVLA: SigLIP patches that know where they are in space, a causal language model, a few tokens per action.
 
 image -> SigLIP -> (+ Ego3D encoding of the depth map) -> projector -> `<image>` places of the prompt -> language model
--> translation token, rotation token, gripper token -> (processor) -> robot actions
+-> translation token, rotation token, gripper token (or those of another action tokenizer)
+-> (processor) -> robot actions
 
 Source: SpatialVLA, https://huggingface.co/papers/2501.15830
 """
-
-import json
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForDepthEstimation
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import can_return_tuple
-from transformers.utils.hub import cached_file
 
+from hf_vla.actions.tokenizers.base import ActionTokenizer
 from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer, transfer_embeddings
-from hf_vla.actions.tokenizers.registry import build_action_tokenizer
 from hf_vla.models.base import VLAPreTrainedModel
 from hf_vla.models.outputs import VLAOutput
+from hf_vla.models.spatialvla.action_tokens import read_action_tokenizer, token_fields
 from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
 from hf_vla.models.spatialvla.ego3d import Ego3DPositionEncoding, back_project
+from hf_vla.models.spatialvla.generation_spatialvla import SpatialVLAGenerationMixin
+from hf_vla.models.spatialvla.masked_decoding import random_mask
 
 _ZOE_PADDING = 31  # pixels that ZoeDepth's preprocessing reflects on each side of an image
 
@@ -41,8 +41,12 @@ class SpatialVLAMultiModalProjector(nn.Module):
         return self.linear(features)
 
 
-class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
-    """Image and instruction in, tokens of the adaptive action grid out.
+class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, SpatialVLAGenerationMixin):
+    """Image and instruction in, action tokens out.
+
+    Attributes:
+        action_tokenizer (`ActionTokenizer`, *optional*): needed where `config.action_token_ranges` is `[]`, as with
+            FAST: it says how a chunk may go on. `from_pretrained` reads it from the processor's file.
 
     Example:
     ```python
@@ -82,6 +86,9 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
             )
         if config.use_spatial_token:
             self.spatial_embed_tokens = nn.Embedding(config.spatial_token_num, config.text_config.hidden_size)
+        if config.decoding == "discrete_diffusion":
+            self.action_mask_embedding = nn.Embedding(1, config.text_config.hidden_size)
+        self.action_tokenizer = None
         self.post_init()
 
     @classmethod
@@ -89,25 +96,38 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
         """As [`VLAPreTrainedModel.from_pretrained`]; checkpoints in the published layout are read as they are.
 
         The published layout keeps the grid's resolution and the chunk size with the processor only, so they are read
-        there.
+        there; likewise FAST's vocabulary.
         """
-        hub_kwargs = {key: kwargs[key] for key in _HUB_KWARGS if key in kwargs}
+        options = dict(kwargs)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
         if model.config.use_vision_zoe:
             model.vision_zoe_model.requires_grad_(False)  # loading does not keep what __init__ set
-        if model.config.chunk_size is None:
-            file = cached_file(
-                pretrained_model_name_or_path,
-                "processor_config.json",
-                _raise_exceptions_for_missing_entries=False,
-                **hub_kwargs,
-            )
-            if file is not None:
-                with open(file, encoding="utf-8") as stream:
-                    _read_grid(model.config, json.load(stream))
+        if model.config.chunk_size is None or model.config.action_token_ranges == []:
+            if (found := read_action_tokenizer(pretrained_model_name_or_path, **options)) is not None:
+                model.set_action_tokenizer(*found)
         return (model, info) if output_loading_info else model
+
+    def set_action_tokenizer(self, tokenizer: ActionTokenizer, chunk_size: int) -> None:
+        """Take over what an action tokenizer says of the tokens to generate.
+
+        Args:
+            tokenizer (`ActionTokenizer`): the processor's.
+            chunk_size (`int`): likewise.
+
+        Raises:
+            ValueError: it has another number of ids than the model.
+        """
+        fields = token_fields(tokenizer)
+        if fields["spatial_token_num"] != self.config.spatial_token_num:
+            raise ValueError(
+                f"Expected an action tokenizer of {self.config.spatial_token_num} ids, as many as this model has, got "
+                f"{tokenizer.vocab_size}: is processor_config.json another checkpoint's?"
+            )
+        for name, value in {**fields, "chunk_size": chunk_size}.items():
+            setattr(self.config, name, value)
+        self.action_tokenizer = tokenizer
 
     def train(self, mode: bool = True):
         """Switch to training mode, all but the frozen depth model (its drop path would perturb the depth)."""
@@ -160,9 +180,8 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
         adapted = transfer_embeddings(weight.float().cpu().numpy(), source, target)
         weight.copy_(torch.from_numpy(adapted))
 
-    @torch.no_grad()
     def estimate_depth(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Metric depth by ZoeDepth.
+        """Metric depth by ZoeDepth, which is frozen.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): RGB in [0, 1].
@@ -284,12 +303,28 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
             embeds = embeds.masked_scatter(is_image[..., None], (image_features * scale).to(embeds.dtype))
         return embeds
 
-    def _decode(
-        self, inputs_embeds, attention_mask, is_suffix=None, position_ids=None, past_key_values=None, **kwargs
-    ):
-        """Run the language model under the prefix-LM mask: the prompt sees itself whole, action tokens see the past.
+    def hide_actions(self, embeds: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """Put the mask token of discrete diffusion in the place of action tokens.
 
-        `is_suffix`: `(batch_size, sequence_length)`, True from the first action token on; None once a cache is filled.
+        Args:
+            embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): of `embed_inputs`.
+            masked (`torch.Tensor` of shape `(batch_size, sequence_length)`, bool): which to hide.
+
+        Returns:
+            `torch.Tensor` of the shape of `embeds`.
+        """
+        scale = getattr(self.get_input_embeddings(), "scalar_embed_scale", 1.0)
+        mask = self.action_mask_embedding(masked.new_zeros(1, dtype=torch.long)) * scale
+        return torch.where(masked[..., None], mask.to(embeds.dtype), embeds)
+
+    def _decode(
+        self, inputs_embeds, attention_mask, block_ids=None, position_ids=None, past_key_values=None, **kwargs
+    ):
+        """Run the language model: every token sees the past, and tokens of one block see each other whole.
+
+        `block_ids`: `(batch_size, cached + sequence_length)`, -1 where a token belongs to no block; None: all of them.
+        Under the prefix-LM mask of training and prediction the prompt is one block and action tokens belong to none;
+        in discrete diffusion they are a second block, which the prompt does not see either.
         """
         if attention_mask is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -304,7 +339,7 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask.bool(),
             past_key_values=past_key_values,
             position_ids=position_ids,
-            block_sequence_ids=None if is_suffix is None else torch.where(is_suffix, -1, 0),
+            block_sequence_ids=block_ids,
         )
         return self.get_decoder()(
             inputs_embeds=inputs_embeds,
@@ -366,6 +401,10 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
     ) -> VLAOutput:
         """Score next tokens, and the loss where `labels` are given.
 
+        In discrete diffusion a token's own scores stand at its place, and with `labels` some action tokens, drawn from
+        torch's generator, are masked: the loss is the cross entropy over the action ids at those of them that are
+        labelled, all of equal weight, as in Discrete Diffusion VLA (section 3.2; the end token is not used).
+
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): from the processor.
             pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`): RGB in [0, 1]; several frames
@@ -385,7 +424,7 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of `input_ids` and `inputs_embeds`.")
-        is_suffix = None
+        block_ids = None
         if past_key_values is None or past_key_values.get_seq_length() == 0:
             if inputs_embeds is not None and labels is not None and token_type_ids is None:
                 raise ValueError(
@@ -393,23 +432,31 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
                 )
             if pixel_values is None and input_ids is not None and (input_ids == self.config.image_token_index).any():
                 raise ValueError("Expected `pixel_values` for the image tokens of the prompt, got none.")
-            is_suffix = self._suffix_mask(token_type_ids, input_ids, inputs_embeds)
+            block_ids = -self._suffix_mask(token_type_ids, input_ids, inputs_embeds).long()  # 0, and -1 behind
+            if self.config.decoding == "discrete_diffusion" and input_ids is not None:
+                block_ids = block_ids.masked_fill(self._is_action(input_ids), 1)
         if inputs_embeds is None:
             features = None if pixel_values is None else self.get_image_features(pixel_values, intrinsics, depth)
             inputs_embeds = self.embed_inputs(input_ids, features)
-        outputs = self._decode(inputs_embeds, attention_mask, is_suffix, position_ids, past_key_values, **kwargs)
+        targets = None if labels is None else F.pad(labels, (0, 1), value=-100)[:, 1:]
+        if labels is not None and self.config.decoding == "discrete_diffusion":
+            masked = self._mask_actions(input_ids, labels)
+            inputs_embeds = self.hide_actions(inputs_embeds, masked)
+            targets = labels.masked_fill(~masked, -100)
+        outputs = self._decode(inputs_embeds, attention_mask, block_ids, position_ids, past_key_values, **kwargs)
 
         hidden_states = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         loss = None
-        if labels is not None:
-            targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        if targets is not None:
             supervised = targets != -100
             if not supervised.any():
                 raise ValueError("Expected labels other than -100 in the batch, got none: no action is real.")
-            loss = F.cross_entropy(
-                self._head(hidden_states[supervised]).float(), targets[supervised], reduction="none"
-            )
+            scores, targets = self._head(hidden_states[supervised]).float(), targets[supervised]
+            if self.config.decoding == "discrete_diffusion":
+                begin = self.config.action_token_begin_idx
+                scores, targets = scores[:, begin : begin + self.config.spatial_token_num], targets - begin
+            loss = F.cross_entropy(scores, targets, reduction="none")
             # A mean per sample, then over samples: however a batch is cut into smaller ones, the gradient is the same.
             counts = supervised.sum(-1)
             loss = (loss / counts.repeat_interleave(counts)).sum() / (counts > 0).sum()
@@ -426,140 +473,22 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, GenerationMixin):
             return token_type_ids.bool()
         if input_ids is None:  # a prompt given as embeddings
             return inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.bool)
+        return self._is_action(input_ids).cumsum(-1) > 0
+
+    def _is_action(self, input_ids) -> torch.Tensor:
         begin = self.config.action_token_begin_idx
-        is_action = (input_ids >= begin) & (input_ids < begin + self.config.spatial_token_num)
-        return is_action.cumsum(-1) > 0
+        return (input_ids >= begin) & (input_ids < begin + self.config.spatial_token_num)
 
-    def prepare_inputs_for_generation(self, *args, is_first_iteration: bool = False, **kwargs):
-        """Show the image to the first step only; later ones have it in the cache."""
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
-        inputs.pop("position_ids", None)  # ours count from 1 and come from the attention mask
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for key in ("pixel_values", "intrinsics", "depth"):
-                inputs.pop(key, None)
-        return inputs
-
-    def _expand_inputs_for_generation(self, *args, input_ids=None, **model_kwargs):
-        """Mark where the prompt ends, and give every sample a camera matrix, before beams multiply the batch."""
-        if (intrinsics := model_kwargs.get("intrinsics")) is not None and intrinsics.ndim == 2:
-            model_kwargs["intrinsics"] = intrinsics.expand(len(input_ids), 3, 3)
-        model_kwargs["token_type_ids"] = self._suffix_mask(model_kwargs.get("token_type_ids"), input_ids, None).long()
-        return super()._expand_inputs_for_generation(*args, input_ids=input_ids, **model_kwargs)
-
-    def _update_model_kwargs_for_generation(self, *args, num_new_tokens: int = 1, **kwargs):
-        """Mark what has been generated as suffix: without a cache it is seen again, and is no part of the prompt."""
-        model_kwargs = super()._update_model_kwargs_for_generation(*args, num_new_tokens=num_new_tokens, **kwargs)
-        model_kwargs["token_type_ids"][:, -num_new_tokens:] = 1
-        return model_kwargs
-
-    @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
-        """Leave the mask as it is: `forward` knows where the prompt ends."""
-        return attention_mask
-
-    @torch.no_grad()
-    def predict_action(
-        self,
-        input_ids: torch.LongTensor,
-        pixel_values: torch.FloatTensor,
-        attention_mask: torch.Tensor | None = None,
-        intrinsics: torch.FloatTensor | None = None,
-        depth: torch.FloatTensor | None = None,
-        chunk_size: int | None = None,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-        num_inference_steps: int | None = None,
-    ) -> VLAOutput:
-        """Generate the action tokens of a chunk, each chosen within the block that stands at its place.
-
-        Only the head's rows of that block are computed, so no undecodable id can be chosen and a step costs a small
-        part of the full vocabulary's head.
-
-        Args:
-            input_ids, pixel_values, attention_mask, intrinsics, depth: from the processor, left-padded.
-            chunk_size (`int`, *optional*): number of actions; the checkpoint's by default.
-            do_sample (`bool`): sample instead of taking the most likely id.
-            temperature (`float`): divides the logits before sampling.
-            generator (`torch.Generator`, *optional*): makes sampling repeatable.
-            num_inference_steps: of heads that denoise; this model has none and takes only `None`.
-
-        Returns:
-            [`VLAOutput`] with `action_ids` `(batch_size, chunk_size * num_blocks)` in `[0, spatial_token_num)` and
-            `logits` `(batch_size, chunk_size * num_blocks, spatial_token_num)`.
-
-        Raises:
-            ValueError: the prompt is right-padded, the checkpoint does not tell its blocks or chunk size, the scores
-                are NaN or infinite, or the model is training with activation checkpointing, which has no cache.
-        """
-        config = self.config
-        chunk_size = config.chunk_size if chunk_size is None else chunk_size
-        if chunk_size is None or chunk_size < 1 or config.action_block_sizes is None:
-            raise ValueError(
-                f"Expected a chunk_size of 1 or more and config.action_block_sizes, got {chunk_size} and "
-                f"{config.action_block_sizes}: set them to the processor's chunk size and its grid's block sizes."
-            )
-        if num_inference_steps is not None:
-            raise ValueError("SpatialVLA generates tokens and denoises nothing: leave num_inference_steps out.")
-        if attention_mask is not None and not attention_mask[:, -1].all():
-            raise ValueError("Expected prompts padded on the left, got padding at the end of a prompt.")
-        if temperature <= 0:
-            raise ValueError(
-                f"Expected a temperature above 0, got {temperature}; for the likeliest id do_sample=False."
-            )
-        if self.training and self.is_activation_checkpointing:
-            raise ValueError("Activation checkpointing keeps no cache in training mode: call model.eval() first.")
-
-        embeds = self.embed_inputs(input_ids, self.get_image_features(pixel_values, intrinsics, depth))
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        cache = DynamicCache(config=config.text_config)
-        is_suffix = torch.zeros_like(input_ids, dtype=torch.bool)
-        num_tokens = chunk_size * len(config.action_block_sizes)
-        stops = torch.tensor(config.action_block_sizes).cumsum(0).tolist()
-        logits = embeds.new_full((len(embeds), num_tokens, config.spatial_token_num), -torch.inf, dtype=torch.float32)
-        action_ids = input_ids.new_empty(len(embeds), num_tokens)
-        for step in range(num_tokens):
-            if step > 0:
-                embeds = self.embed_inputs(action_ids[:, step - 1 : step] + config.action_token_begin_idx)
-                attention_mask = F.pad(attention_mask, (0, 1), value=1)
-                is_suffix = None
-            hidden = self._decode(embeds, attention_mask, is_suffix, past_key_values=cache, use_cache=True)
-            block = step % len(stops)
-            start, stop = stops[block] - config.action_block_sizes[block], stops[block]
-            scores = self._action_head(hidden.last_hidden_state[:, -1], start, stop).float()
-            if not (finite := torch.isfinite(scores).all(-1)).all():
-                raise ValueError(
-                    f"The scores of action token {step} are NaN or infinite for samples "
-                    f"{(~finite).nonzero()[:, 0].tolist()}: are their images, depth and intrinsics finite, and do the "
-                    "weights fit their precision?"
-                )
-            logits[:, step, start:stop] = scores
-            if do_sample:
-                probabilities = (scores / temperature).softmax(-1)
-                chosen = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-            else:
-                chosen = scores.argmax(-1)
-            action_ids[:, step] = chosen + start
-        return VLAOutput(action_ids=action_ids, logits=logits)
-
-
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-
-
-def _read_grid(config: SpatialVLAConfig, processor_config: dict) -> None:
-    """Fill the config's `chunk_size` and `action_block_sizes` from processor_config.json, published or ours."""
-    actions = processor_config.get("action_config") or {}
-    if "bin_policy" in processor_config:
-        grid = GaussianGridTokenizer.from_published(actions, processor_config["bin_policy"])
-        config.chunk_size = processor_config["action_chunk_size"]
-    elif actions.get("tokenizer") is not None:
-        grid = build_action_tokenizer(actions["tokenizer"])
-        config.chunk_size = actions["chunk_size"]
-    else:
-        return
-    config.action_block_sizes = [end - start for _, start, end in grid.blocks]
-    config.validate_architecture()
+    def _mask_actions(self, input_ids, labels) -> torch.Tensor:
+        """Which tokens of a training batch to hide; of action tokens without a label all."""
+        if input_ids is None:
+            raise ValueError("Discrete diffusion masks action tokens: give `input_ids` with `labels`, no embeddings.")
+        is_action = self._is_action(input_ids)
+        counts = is_action.sum(-1)
+        if (counts != counts[0]).any():
+            raise ValueError(f"Expected equally many action tokens in every sample, got {counts.tolist()}.")
+        masked = random_mask(labels[is_action].view(len(labels), counts[0]) != -100)
+        return is_action.masked_scatter(is_action, masked)
 
 
 # Only for registered models does peft translate adapters of older layouts; the backbones bring the translations along.

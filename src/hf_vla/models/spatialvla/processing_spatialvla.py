@@ -1,4 +1,4 @@
-"""SpatialVLA processor: image, instruction and actions <-> tensors; keeps the action grid and every statistic."""
+"""SpatialVLA processor: image, instruction and actions <-> tensors; keeps action tokenizer and every statistic."""
 
 import numpy as np
 import torch
@@ -8,6 +8,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from hf_vla.actions.codec import ActionCodec
 from hf_vla.actions.spec import ActionSpec, CameraSpec
+from hf_vla.actions.tokenizers.base import ActionTokenizer, FixedLengthTokenizer
 from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer
 from hf_vla.models.batches import (
     IGNORED,
@@ -34,14 +35,15 @@ PUBLISHED_SPEC = ActionSpec(("x", "y", "z", "roll", "pitch", "yaw", "gripper"), 
 
 
 class SpatialVLAProcessor(ProcessorMixin):
-    """Everything outside the network: pixels, prompt, camera matrix, action grid, un-normalisation.
+    """Everything outside the network: pixels, prompt, camera matrix, action tokenizer, un-normalisation.
 
     Args:
         image_processor (`SiglipImageProcessorPil`): resizes and rescales; the model itself normalises.
         tokenizer (`PreTrainedTokenizerFast`): text, `<image>` and the action tokens `<ACTION00000>`...
         statistics (`dict`, *optional*): `{unnorm_key: {"action": {"q01": [...], "q99": [...], "mask": [...]}}}`.
-        action_config (`dict`, *optional*): chunk size, normalisation, grid and specs, see
-            [`~hf_vla.actions.codec.ActionCodec`]. The grid bins equally many numbers for all datasets, 7 or 4.
+        action_config (`dict`, *optional*): chunk size, normalisation, tokenizer and specs, see
+            [`~hf_vla.actions.codec.ActionCodec`]. The tokenizer serves datasets of equally many numbers; SpatialVLA's
+            own, the adaptive grid, of 7 or 4 with the gripper last.
         camera_config (`dict`, *optional*): `{unnorm_key: CameraSpec.to_dict()}`; the key `"default"` serves every
             dataset that has no camera of its own.
         chat_template (`str`, *optional*): unused, kept for `ProcessorMixin`.
@@ -114,6 +116,7 @@ class SpatialVLAProcessor(ProcessorMixin):
         intrinsics=None,
         depth=None,
         reasoning=None,
+        terminate=None,
         return_tensors="pt",
     ) -> BatchFeature:
         """Prepare a batch; with `actions` a training batch, padded on the right, else a prompt, padded on the left.
@@ -131,6 +134,8 @@ class SpatialVLAProcessor(ProcessorMixin):
                 dataset's camera. Of several steps also `(batch_size, n_obs_steps, 3, 3)`.
             depth (`(H, W)` or `(batch_size, H, W)`, *optional*): metres, the image's field of view, any resolution.
                 Of several steps `(batch_size, n_obs_steps, H, W)`, or lists of maps like those of images.
+            terminate (`(T,)` or `(batch_size, T)` of bool, *optional*): True where the episode ends with an action;
+                needed beside `actions` where the action tokens say so, as RT-2's do.
             return_tensors (`str`): `"pt"` or `"np"`.
 
         Returns:
@@ -167,7 +172,7 @@ class SpatialVLAProcessor(ProcessorMixin):
         if actions is None:
             data.update(self._padded(prompts, masks, left=True))
         else:
-            data.update(self._with_targets(prompts, masks, actions, action_mask, keys))
+            data.update(self._with_targets(prompts, masks, actions, action_mask, terminate, keys))
         return VLAFeatures(data, tensor_type=return_tensors)
 
     def decode_actions(self, output, unnorm_key=None, clip_ids=False) -> np.ndarray:
@@ -186,18 +191,38 @@ class SpatialVLAProcessor(ProcessorMixin):
         Raises:
             ValueError: the statistics are not known, or the ids are no chunk of actions.
         """
-        if isinstance(output, VLAOutput):
-            if output.action_ids is None:
-                raise ValueError("Expected an output of predict_action, got a VLAOutput without `action_ids`.")
-            ids = output.action_ids.cpu().numpy()
-        else:
-            ids = self._generated_ids(output)
+        ids, tokenizer = self._action_ids(output), self.action_codec.tokenizer
         if clip_ids:
-            low, stop = self.action_codec.tokenizer.id_ranges(self.action_codec.chunk_size).T
+            if not isinstance(tokenizer, FixedLengthTokenizer):
+                raise ValueError("These action tokens have no blocks to move ids into: leave clip_ids out.")
+            low, stop = tokenizer.id_ranges(self.action_codec.chunk_size).T
             if ids.shape[-1] != len(low):
                 raise ValueError(f"Expected {len(low)} action tokens, got {ids.shape[-1]}.")
             ids = np.clip(ids, low, stop - 1)
         return decode_predictions(self.action_codec, ids, unnorm_key)
+
+    def decode_terminate(self, output) -> np.ndarray:
+        """Tell after which actions the model holds the episode to be over; of action tokens that say so.
+
+        Args:
+            output: see `decode_actions`.
+
+        Returns:
+            `np.ndarray` of shape `(batch_size, chunk_size)`: bool.
+
+        Raises:
+            ValueError: the action tokens do not say so, or the ids are no chunk of actions.
+        """
+        if not self.action_codec.terminates:
+            raise ValueError("The action tokens of this checkpoint do not say where an episode ends.")
+        return self.action_codec.tokenizer.decode_terminate(self._action_ids(output), self.action_codec.chunk_size)
+
+    def _action_ids(self, output) -> np.ndarray:
+        if not isinstance(output, VLAOutput):
+            return self._generated_ids(output)
+        if output.action_ids is None:
+            raise ValueError("Expected an output of predict_action, got a VLAOutput without `action_ids`.")
+        return output.action_ids.cpu().numpy()
 
     def _prompt_ids(self, text: str) -> list[int]:
         """`<image>` for every patch, `<bos>`, the instruction, a newline: the same in training and inference."""
@@ -224,13 +249,24 @@ class SpatialVLAProcessor(ProcessorMixin):
         ids = padded(rows, self.tokenizer.pad_token_id, left)
         return {"input_ids": ids, "attention_mask": padded(masks, 0, left)}
 
-    def _with_targets(self, prompts, masks, actions, action_mask, keys) -> dict[str, np.ndarray]:
+    def _with_targets(self, prompts, masks, actions, action_mask, terminate, keys) -> dict[str, np.ndarray]:
         actions, mask = targets(actions, action_mask, len(prompts))
+        ends = [None] * len(mask) if terminate is None else np.atleast_2d(as_numpy(terminate))
+        if terminate is not None and ends.shape != mask.shape:
+            raise ValueError(f"Expected terminate of shape {mask.shape}, one for each action, got {ends.shape}.")
+        if not (mask.all() or isinstance(self.action_codec.tokenizer, FixedLengthTokenizer)):
+            raise ValueError(
+                "Every action of a chunk enters all of its tokens, so those that are not real cannot be left out: "
+                "let the robot hold its position behind an episode's end, data.chunk_tail: hold in a recipe."
+            )
         rows, attended, labels, types = [], [], [], []
-        for prompt, prompt_mask, chunk, real, key in zip(prompts, masks, actions, mask, keys, strict=True):
-            ids = self.action_codec.encode(chunk, key) + self.action_token_begin
+        samples = zip(prompts, masks, actions, mask, ends, keys, strict=True)
+        for prompt, prompt_mask, chunk, real, end, key in samples:
+            ids = self.action_codec.encode(chunk, key, terminate=end) + self.action_token_begin
             suffix = np.append(ids, self.tokenizer.eos_token_id)
-            supervised = np.append(np.repeat(real, len(ids) // len(real)), real.all())
+            supervised = np.ones(len(suffix), bool)
+            if not real.all():
+                supervised = np.append(np.repeat(real, len(ids) // len(real)), False)
             rows.append(prompt + suffix.tolist())
             attended.append(prompt_mask + [1] * len(suffix))
             labels.append([IGNORED] * len(prompt) + np.where(supervised, suffix, IGNORED).tolist())
@@ -279,22 +315,22 @@ class SpatialVLAProcessor(ProcessorMixin):
         token_ids = np.atleast_2d(torch.as_tensor(token_ids).cpu().numpy())
         end = (token_ids == self.tokenizer.eos_token_id).argmax(-1)
         rows = [row[: stop or None] - self.action_token_begin for row, stop in zip(token_ids, end, strict=True)]
-        if len({len(row) for row in rows}) > 1:
+        if isinstance(self.action_codec.tokenizer, FixedLengthTokenizer) and len({len(row) for row in rows}) > 1:
             raise ValueError(
                 f"Expected chunks of one length, got {[len(row) for row in rows]} tokens before the end token."
             )
-        return np.stack(rows)
+        return padded([row.tolist() for row in rows], IGNORED)
 
 
-def _check_spec(key: str, spec: ActionSpec | None, grid) -> None:
+def _check_spec(key: str, spec: ActionSpec | None, tokenizer: ActionTokenizer | None) -> None:
     """The grid takes its first three dimensions for a translation and its last for the gripper."""
-    if None not in (spec, grid) and len(spec.names) != grid.action_dim:
+    if None not in (spec, tokenizer) and len(spec.names) != tokenizer.action_dim:
         raise ValueError(
-            f"This SpatialVLA's grid bins {grid.action_dim} numbers of every robot alike, the actions of {key!r} have "
-            f"{len(spec.names)}, {list(spec.names)}: convert them to end-effector deltas with a gripper, or leave "
-            "that dataset out."
+            f"This SpatialVLA's action tokens stand for {tokenizer.action_dim} numbers of every robot alike, the "
+            f"actions of {key!r} have {len(spec.names)}, {list(spec.names)}: convert them, or leave that dataset out."
         )
-    if spec is not None and (spec.kind == "joint" or (spec.gripper and spec.gripper.index != len(spec.names) - 1)):
+    on_grid = spec is not None and isinstance(tokenizer, GaussianGridTokenizer)
+    if on_grid and (spec.kind == "joint" or (spec.gripper and spec.gripper.index != len(spec.names) - 1)):
         raise ValueError(
             f"Expected end-effector actions with the gripper last, as the action grid bins them; the spec of {key!r} "
             f"has kind {spec.kind!r}, dimensions {list(spec.names)} and gripper {spec.gripper and spec.gripper.index}."

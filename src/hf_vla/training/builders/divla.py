@@ -55,6 +55,8 @@ def build_divla(arguments: ModelArguments, facts: DataFacts):
         "its actions are continuous, choose a head by model.config.head_config.",
         model__grid=arguments.grid,
         model__adapt_grid=arguments.adapt_grid,
+        model__action_tokenizer=arguments.action_tokenizer,
+        model__depth_model=arguments.depth_model,
     )
     if arguments.new_embodiment:
         refuse(

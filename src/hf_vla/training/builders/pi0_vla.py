@@ -37,6 +37,8 @@ def build_pi0_vla(arguments: ModelArguments, facts: DataFacts):
         "give model.preset or model.path.",
         model__grid=arguments.grid,
         model__adapt_grid=arguments.adapt_grid,
+        model__action_tokenizer=arguments.action_tokenizer,
+        model__depth_model=arguments.depth_model,
         model__backbone=arguments.backbone,
     )
     refuse_reasoning("pi0_vla", arguments, facts)
