@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_vla.models.auto import FAMILIES
+
 
 @pytest.fixture(scope="session")
 def goldens() -> Path:
@@ -38,7 +40,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     from hf_vla.models.spatialvla.processing_spatialvla import SpatialVLAProcessor
 
     names = ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")
-    spec = ActionSpec(names, "delta_ee", "axis_angle", "base", 20.0, GripperSpec(6, -1.0, 1.0))
+    spec = ActionSpec(names, "delta_ee", "axis_angle", "world", 20.0, GripperSpec(6, -1.0, 1.0))
     limits = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "min": [-1.0] * 7, "max": [1.0] * 7}
     grid = GaussianGridTokenizer(num_bins=(8, 16, 8, 8, 8, 8), distribution="uniform")
     action_config = {
@@ -90,6 +92,68 @@ def reasoning_checkpoint(tmp_path_factory) -> Path:
         config, {"robosuite": {"action": limits}}, action_config, {"robosuite": cameras}
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", params=sorted(FAMILIES))
+def family(request):
+    """The name of every family."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def sawyer():
+    """Make a tiny, untrained model of a family, and its processor, for Meta-World's robot: `sawyer(family, **config)`.
+
+    Chunks of 4, camera `corner4` of 48 pixels; pictures and words move the actions.
+    """
+    import torch
+
+    from hf_vla.actions.spec import ActionSpec, CameraSpec, GripperSpec, StateSpec
+    from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer
+    from hf_vla.models.auto import family_class
+
+    names = ("x", "y", "z", "gripper")
+    action = ActionSpec(names, "delta_ee", frame="world", gripper=GripperSpec(3, -1.0, 1.0)).to_dict()
+    camera = CameraSpec("corner4", 48, 48, ((41.6, 0.0, 24.0), (0.0, 41.6, 24.0), (0.0, 0.0, 1.0))).to_dict()
+    limits = {"q01": [-1.0] * 4, "q99": [1.0] * 4, "min": [-1.0] * 4, "max": [1.0] * 4}
+    plain = {"mode": "min_max", "clip": True, "convention": "lerobot"}
+    head = {"type": "diffusion", "denoiser": {"type": "conditional_unet1d", "down_dims": [16, 32]}}
+    sizes = {"action_dim": 4, "state_dim": 4, "chunk_size": 4, "head_config": head}
+    own = {
+        "tinyvla": sizes,
+        "divla": {**sizes, "max_reasoning_tokens": 8},
+        "spatialvla": {"chunk_size": 4, "spatial_token_num": 10, "action_block_sizes": [8, 2]},
+        "pi0_vla": {"chunk_size": 4},
+    }
+
+    def make(family, **options):
+        config = family_class(family, "configuration").from_preset("tiny", **{**own[family], **options})
+        torch.manual_seed(0)
+        model = family_class(family, "modeling")(config).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "film" in name:  # which the reasoning would not modulate at first
+                    parameter.add_(torch.randn_like(parameter), alpha=0.02)
+                elif parameter.ndim > 1 and "action_head" not in name:
+                    parameter.mul_(3.0)
+        specs = {"action": action, "state": StateSpec(names, frame="world").to_dict()}
+        action_config = {"chunk_size": 4, "normalization": plain, "state_normalization": plain}
+        cameras = [camera]
+        if family == "spatialvla":
+            grid = GaussianGridTokenizer(num_bins=(2, 2, 2), distribution="uniform")
+            mode = {"mode": ["quantile"] * 3 + ["zero_one"], "clip": True, "convention": "spatialvla"}
+            tokenizer = {"type": "gaussian_grid", **grid.to_dict()}
+            action_config, cameras = {"chunk_size": 4, "normalization": mode, "tokenizer": tokenizer}, camera
+            del specs["state"]
+        action_config["specs"] = {"metaworld": specs}
+        action_config |= {name: options[name] for name in ("n_obs_steps",) if name in options}
+        statistics = {"metaworld": {"action": limits, "state": limits}}
+        processor = family_class(family, "processing").from_scratch(
+            config, statistics, action_config, {"metaworld": cameras}
+        )
+        return model, processor
+
+    return make
 
 
 @pytest.fixture

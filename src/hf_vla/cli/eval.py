@@ -1,0 +1,181 @@
+"""`hf-vla eval`: success rates in a simulator, with intervals, records and a protocol that others can repeat."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    model: Annotated[str | None, typer.Option(help="Checkpoint: a folder, or a name on the Hub.")] = None,
+    env: Annotated[str | None, typer.Option(help="Simulator, such as metaworld.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks and splits, separated by commas, such as easy.")] = None,
+    episodes: Annotated[int, typer.Option(help="Of every task.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results; what is there is not run again.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="In which simulators run; default: as many as there are cores.")
+    ] = None,
+    envs: Annotated[
+        int | None, typer.Option(help="Episodes simulated at a time; default: two batches, or two for each process.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows of every call of the model; a GPU takes more than 4.")] = 4,
+    n_action_steps: Annotated[
+        int | None, typer.Option(help="Actions executed per prediction; default: the whole chunk.")
+    ] = None,
+    ensemble: Annotated[
+        float | None, typer.Option(help="Predict at every step and average, with this coefficient; 0.01 is usual.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of every task's first episode.")] = 0,
+    num_inference_steps: Annotated[
+        int | None, typer.Option(help="Denoising steps; default: the checkpoint's.")
+    ] = None,
+    reasoning_interval: Annotated[int, typer.Option(help="Predictions made under one reasoning in words.")] = 1,
+    max_reasoning_tokens: Annotated[
+        int | None, typer.Option(help="Longest reasoning of the model's own; 0: act without words.")
+    ] = None,
+    videos: Annotated[int, typer.Option(help="Episodes of every task that are filmed.")] = 0,
+    gif: Annotated[bool, typer.Option("--gif", help="Films as GIF instead of mp4.")] = False,
+    probe: Annotated[
+        list[str] | None, typer.Option(help="Run the episodes again with blank pictures, swapped instructions, ...")
+    ] = None,
+    rendering: Annotated[str, typer.Option(help="fast, without shadows, or full.")] = "fast",
+    camera: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROLE=NAME", help="The checkpoint's camera ROLE is the simulator's NAME."),
+    ] = None,
+    unnorm_key: Annotated[
+        str | None, typer.Option(help="Dataset whose robot acts, where the checkpoint knows several.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: the accelerator.")] = None,
+    horizon: Annotated[int | None, typer.Option(help="Control steps of an episode; default: the simulator's.")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Put the results into the checkpoint's README.md.")] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A B", help="Say whether two evaluations of the same episodes differ, and run nothing."),
+    ] = None,
+):
+    """Let a checkpoint act in a simulator, and report how often it succeeds."""
+    from rich.console import Console
+
+    console = Console()
+    if compare is not None:
+        from hf_vla.evaluation.comparison import compare as compare_folders
+
+        console.print(compare_folders(*compare)[0], soft_wrap=True, markup=False, highlight=False)
+        return
+    given = {"--model": model, "--env": env, "--tasks": tasks}
+    if missing := [name for name, value in given.items() if value is None]:
+        raise typer.BadParameter(f"Missing {', '.join(missing)}; or compare two folders with --compare A B.")
+
+    if card and not Path(model, "config.json").is_file():
+        raise typer.BadParameter(f"Expected a local checkpoint, came {model!r}.", param_hint="--card")
+
+    import os
+
+    from hf_vla.evaluation.model_card import add_to_model_card
+    from hf_vla.evaluation.protocol import EvaluationPlan
+    from hf_vla.evaluation.report import write_report
+    from hf_vla.evaluation.rollout import NO_PROBE
+    from hf_vla.evaluation.rollout import evaluate as run
+    from hf_vla.policy import Policy
+
+    options = {
+        "unnorm_key": unnorm_key,
+        "n_action_steps": n_action_steps,
+        "ensemble_coefficient": ensemble,
+        "num_inference_steps": num_inference_steps,
+        "reasoning_interval": reasoning_interval if reasoning_interval != 1 else None,
+        "max_reasoning_tokens": max_reasoning_tokens,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    plan = EvaluationPlan(
+        env, tasks, episodes, seed, horizon, rendering, parse_cameras(camera or []), options, batch_size
+    )
+    folder = out or Path("outputs") / "eval" / f"{Path(model).name}-{env}-{tasks.replace(',', '-')}"
+    policy = Policy.from_pretrained(model, device=device, unnorm_key=unnorm_key)
+    for name in [NO_PROBE, *(probe or [])]:
+        with Progress(console, plan, name) as progress:
+            records = run(
+                policy.model,
+                policy.processor,
+                plan,
+                folder,
+                model,
+                processes=processes or os.cpu_count(),
+                envs=envs,
+                probe=name,
+                videos=videos,
+                video_suffix=".gif" if gif else ".mp4",
+                on_episode=progress.add,
+            )
+        console.print(success_table(records, name))
+    console.print(f"Wrote {write_report(folder)}", highlight=False)
+    if card:
+        console.print(f"Wrote {add_to_model_card(model, folder)}", highlight=False)
+
+
+def parse_cameras(values):
+    """Read `ROLE=NAME` into a dictionary.
+
+    Raises:
+        typer.BadParameter: one is something else, or a role comes twice.
+    """
+    pairs = [value.partition("=")[::2] for value in values]
+    if any(not role or not name for role, name in pairs) or len(dict(pairs)) < len(pairs):
+        raise typer.BadParameter(f"Expected ROLE=NAME, each role once, came {values}.", param_hint="--camera")
+    return dict(pairs)
+
+
+class Progress:
+    """A bar of episodes, with the running success of the task at hand and of all.
+
+    Args:
+        console (`rich.console.Console`): where to.
+        plan (`EvaluationPlan`): says how many there are.
+        probe (`str`): what is being run.
+    """
+
+    def __init__(self, console, plan, probe):
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+        self._bar = Bar(*columns, TimeRemainingColumn(), console=console)
+        self._number = self._bar.add_task(probe, total=len(plan.tasks) * plan.episodes)
+        self._all, self._of_task = [], {}
+
+    def add(self, record):
+        """Count an episode."""
+        own = self._of_task.setdefault(record.task, [])
+        own.append(record.success)
+        self._all.append(record.success)
+        text = f"{record.task} {sum(own)}/{len(own)}, all {sum(self._all)}/{len(self._all)}"
+        self._bar.update(self._number, advance=1, description=text)
+
+    def __enter__(self):
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self._bar.stop()
+
+
+def success_table(records, probe):
+    """Task, success, its interval and the latencies, as a rich table."""
+    import numpy as np
+    from rich.table import Table
+
+    from hf_vla.evaluation.intervals import wilson
+
+    table = Table(title=None if probe == "none" else f"probe: {probe}")
+    table.add_column("task")
+    for name in ("success", "95 % interval", "p50 ms", "p95 ms"):
+        table.add_column(name, justify="right")
+    groups = {task: [each for each in records if each.task == task] for task in dict.fromkeys(r.task for r in records)}
+    for task, group in [*groups.items(), ("all", records)]:
+        wins, latencies = sum(each.success for each in group), np.concatenate([each.latency_ms for each in group])
+        _, low, high = wilson(wins, len(group))
+        middle, high_latency = np.percentile(latencies, [50, 95])
+        share = f"{wins}/{len(group)} = {wins / len(group):.0%}"
+        table.add_row(task, share, f"{low:.0%} .. {high:.0%}", f"{middle:.1f}", f"{high_latency:.1f}")
+    return table

@@ -1,0 +1,42 @@
+"""Pictures of evaluations."""
+
+from textwrap import fill
+
+from matplotlib.figure import Figure
+
+TASK, MEAN, PROBE = "tab:blue", "tab:orange", "tab:gray"
+
+
+def plot_success(report, title):
+    """Draw success by task, best first, with its mean over tasks, and success of all episodes under each probe.
+
+    Args:
+        report (`dict`): see [`~hf_vla.evaluation.report.summarize`].
+        title (`str`): shown above.
+
+    Returns:
+        `matplotlib.figure.Figure`: horizontal bars with 95 % intervals.
+    """
+    tasks = sorted(report["tasks"].items(), key=lambda task: -task[1]["success"]["estimate"])
+    bars = [(name, task["success"], TASK) for name, task in tasks]
+    if len(tasks) > 1:
+        bars.append(("mean over tasks", report["overall"]["mean_over_tasks"], MEAN))
+    bars += [(f"probe {name}, all episodes", probe["success"], PROBE) for name, probe in report["probes"].items()]
+    names, rates, colors = zip(*bars, strict=True)
+    figure = Figure(figsize=(7.0, 1.2 + 0.24 * len(bars)), layout="constrained")
+    axis = figure.subplots()
+    values = [100 * rate["estimate"] for rate in rates]
+    below = [100 * (rate["estimate"] - rate["low"]) for rate in rates]
+    above = [100 * (rate["high"] - rate["estimate"]) for rate in rates]
+    whiskers = {"ecolor": "black", "elinewidth": 1, "capsize": 2}
+    axis.barh(range(len(bars)), values, color=colors, height=0.7, xerr=(below, above), error_kw=whiskers)
+    axis.set_yticks(range(len(bars)), names, fontsize=8, parse_math=False)
+    axis.invert_yaxis()
+    axis.margins(y=0.01)
+    axis.set_xlim(0, 100)
+    axis.set_xlabel("success in % of episodes, with 95 % intervals", fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.grid(axis="x", linewidth=0.4)
+    axis.set_axisbelow(True)
+    figure.suptitle(fill(title, 90), fontsize=10, parse_math=False)
+    return figure

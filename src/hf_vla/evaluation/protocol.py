@@ -1,0 +1,153 @@
+"""Everything that decides an evaluation's results, so that another person can repeat it."""
+
+import hashlib
+import os
+import platform
+import shlex
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_vla.evaluation.contract import CameraPlan
+from hf_vla.evaluation.envs.base import RENDERINGS
+from hf_vla.evaluation.envs.registry import simulator
+from hf_vla.evaluation.workers import Begun
+from hf_vla.policy import Policy
+
+TERMINATION = "success at any control step ends an episode; without it, the horizon does, and it has failed"
+BATCH_SIZE = 4  # more would save less than it costs to build as many environments of a task
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What to evaluate.
+
+    Args:
+        env (`str`): name of the simulator.
+        selection (`str`): tasks and splits of it, separated by commas.
+        episodes (`int`): of every task.
+        seed (`int`): of every task's first episode; the others count up from it.
+        horizon (`int`, *optional*): control steps of an episode; the simulator's own by default.
+        rendering (`str`): "fast" or "full".
+        cameras (`dict[str, str]`): the checkpoint's name of a camera -> the simulator's, where they differ.
+        policy_options (`dict`): of [`~hf_vla.policy.Policy`]: `n_action_steps`, `ensemble_coefficient`,
+            `num_inference_steps` and the like.
+        batch_size (`int`): rows of every call of the model, which the last bits of a prediction depend on.
+
+    Raises:
+        ValueError: one of them is unknown or out of range.
+    """
+
+    env: str
+    selection: str
+    episodes: int = 20
+    seed: int = 0
+    horizon: int | None = None
+    rendering: str = "fast"
+    cameras: dict[str, str] = field(default_factory=dict)
+    policy_options: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = BATCH_SIZE
+
+    def __post_init__(self):
+        if self.rendering not in RENDERINGS:
+            raise ValueError(f"Expected a rendering among {RENDERINGS}, came {self.rendering!r}.")
+        horizon = 1 if self.horizon is None else self.horizon
+        if min(self.episodes, horizon, self.batch_size) < 1 or self.seed < 0:
+            raise ValueError(
+                "Expected episodes, horizon and batch_size of 1 or more and a seed of 0 or more, came "
+                f"{self.episodes}, {self.horizon}, {self.batch_size} and {self.seed}."
+            )
+        _ = self.tasks
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks of the selection."""
+        return simulator(self.env).select(self.selection)
+
+    @property
+    def seeds(self) -> range:
+        """The seeds of every task."""
+        return range(self.seed, self.seed + self.episodes)
+
+
+def describe(plan: EvaluationPlan, policy: Policy, checkpoint: str, cameras: CameraPlan, robot: Begun) -> dict:
+    """Write the protocol of an evaluation.
+
+    Args:
+        plan ([`EvaluationPlan`]): what is evaluated.
+        policy ([`~hf_vla.policy.Policy`]): with the plan's options.
+        checkpoint (`str`): where it is from.
+        cameras ([`~hf_vla.evaluation.contract.CameraPlan`]): what it looks through.
+        robot ([`~hf_vla.evaluation.workers.Begun`]): what the simulator says of the first task.
+
+    Returns:
+        `dict`: JSON-safe.
+    """
+    packages = ("hf-vla", "torch", "transformers", "numpy")
+    return {
+        "env": plan.env,
+        "selection": plan.selection,
+        "tasks": list(plan.tasks),
+        "episodes": plan.episodes,
+        "seed": plan.seed,
+        "horizon": robot.horizon,
+        "termination": TERMINATION,
+        "rendering": plan.rendering,
+        "cameras": {own: [name, *cameras.sizes[name]] for own, name in cameras.names.items()},
+        "depth": cameras.depth,
+        "n_action_steps": policy.n_action_steps,
+        **{name: value for name, value in plan.policy_options.items() if name not in ("n_action_steps", "unnorm_key")},
+        "unnorm_key": policy.unnorm_key,
+        "preprocessing": _preprocessing(policy.processor),
+        "batch_size": plan.batch_size,
+        "checkpoint": checkpoint,
+        "weights_sha256": weights_sha256(policy.model),
+        "dtype": str(policy.model.dtype).removeprefix("torch."),
+        "device": _device(policy.model.device),
+        "machine": f"{_processor()}, {platform.system()}, Python {platform.python_version()}",
+        "versions": {name: version(name) for name in packages} | robot.versions,
+        "command": _command(plan, checkpoint),
+    }
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """SHA-256 of a model's weights: names, types and numbers, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _preprocessing(processor):
+    """What the image processor says of itself, without what is None."""
+    values = processor.image_processor.to_dict()
+    return {name: values[name] for name in sorted(values) if values[name] is not None and not name.startswith("_")}
+
+
+def _device(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _processor():
+    """Name of the processor, and how many cores this process may use."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {next(iter(names), platform.processor() or platform.machine())}"
+
+
+def _command(plan, checkpoint):
+    """The command line that repeats the evaluation."""
+    words = ["hf-vla", "eval", "--model", checkpoint, "--env", plan.env, "--tasks", plan.selection]
+    words += ["--episodes", str(plan.episodes), "--seed", str(plan.seed), "--rendering", plan.rendering]
+    options = {"horizon": plan.horizon, "batch_size": plan.batch_size, **plan.policy_options}
+    options["ensemble"] = options.pop("ensemble_coefficient", None)
+    for name, value in options.items():
+        words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    for own, name in plan.cameras.items():
+        words += ["--camera", f"{own}={name}"]
+    return shlex.join(words)

@@ -1,0 +1,277 @@
+"""Closed loop: a checkpoint drives simulated robots, and every episode is written down.
+
+Environments run in processes of their own while the model predicts for those that wait. Who waits with whom is a
+matter of timing; what comes out is not: an episode follows from its task and seed alone.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hf_vla.evaluation.contract import CameraPlan, check_contract, plan_cameras
+from hf_vla.evaluation.envs.base import check_known
+from hf_vla.evaluation.envs.registry import simulator
+from hf_vla.evaluation.probes import PROBES, ProbeContext
+from hf_vla.evaluation.protocol import EvaluationPlan, describe
+from hf_vla.evaluation.records import EpisodeRecord, RecordWriter
+from hf_vla.evaluation.videos import write_video
+from hf_vla.evaluation.workers import DEADLINE_S, Begun, EnvironmentWorkers, Lost, SimulatorOptions, Went
+from hf_vla.policy import TASK, Policy, predict_chunks
+
+ATTEMPTS = 3  # an environment that crashes or hangs so often over one episode will do so again
+NO_PROBE = "none"
+VIDEO_FPS = 30.0  # of a simulator that does not say how often it acts
+
+
+@dataclass(eq=False)
+class _Episode:
+    """An episode under way; `observation` is there while it waits for a prediction."""
+
+    task: str
+    seed: int
+    film: bool
+    policy: Policy | None = None
+    env: int = 0
+    instruction: str = ""
+    fps: float = VIDEO_FPS
+    observation: dict | None = None
+    steps: int = 0
+    latency_ms: list[float] = field(default_factory=list)
+    pictures: list[np.ndarray] = field(default_factory=list)
+    begun_at: float = 0.0
+    restarts: int = 0
+    faults: int = 0  # restarts for which its own environment was to blame
+
+
+def evaluate(
+    model,
+    processor,
+    plan: EvaluationPlan,
+    folder: str | Path,
+    checkpoint: str,
+    processes: int = 1,
+    envs: int | None = None,
+    probe: str = NO_PROBE,
+    videos: int = 0,
+    video_suffix: str = ".mp4",
+    on_episode: Callable[[EpisodeRecord], None] | None = None,
+    deadline_s: float = DEADLINE_S,
+) -> list[EpisodeRecord]:
+    """Run the episodes of a plan that are not in the folder yet.
+
+    On the CPU the model runs on one thread: only there do the last bits of its predictions not depend on timing, and
+    the others are for the simulators.
+
+    Args:
+        model, processor: see [`~hf_vla.policy.Policy`].
+        plan ([`~hf_vla.evaluation.protocol.EvaluationPlan`]): what to run.
+        folder (`str` or `Path`): for `episodes.jsonl`, `protocol.json` and `videos/`.
+        checkpoint (`str`): where the model is from, for the protocol.
+        processes (`int`): in which simulators run.
+        envs (`int`, *optional*): simulated at a time; by default two batches, or two for each process.
+        probe (`str`): "none", or what is changed of every observation, see `hf_vla.evaluation.probes`.
+        videos (`int`): episodes of every task that are filmed.
+        video_suffix (`str`): ".mp4" or ".gif".
+        on_episode (`Callable`, *optional*): called with every record, also those that were there.
+        deadline_s (`float`): after so long without an answer, a simulator hangs.
+
+    Returns:
+        `list[EpisodeRecord]`: those of the plan, in its order.
+
+    Raises:
+        ValueError: the checkpoint does not fit the simulator, or the folder holds another evaluation.
+        ChildProcessError: a simulator raises, or crashes or hangs three times over an episode.
+    """
+    if probe != NO_PROBE:
+        check_known("probe", probe, PROBES)
+    envs = 2 * max(plan.batch_size, processes) if envs is None else envs
+    if min(processes, envs) < 1 or videos < 0:
+        raise ValueError(f"Expected processes and envs of 1 or more, came {processes} and {envs}.")
+    kind, policy = simulator(plan.env), Policy(model, processor, **plan.policy_options)
+    cameras = plan_cameras(policy, kind, plan.cameras)
+    options = SimulatorOptions(kind, cameras.sizes, cameras.depth, plan.rendering, plan.horizon)
+    threads = torch.get_num_threads()
+    if model.device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        with EnvironmentWorkers(options, envs, processes, deadline_s) as workers:
+            robot = workers.describe(plan.tasks[0])
+            said = robot.action_spec, robot.state_spec, robot.camera_specs
+            check_contract(policy, cameras, *said, plan.env, robot.refused)
+            instructions = (robot.instruction,)
+            if probe == "swap":
+                instructions += tuple(workers.describe(task).instruction for task in plan.tasks[1:])
+            with RecordWriter(Path(folder), describe(plan, policy, checkpoint, cameras, robot)) as writer:
+                for record in writer.records:
+                    if on_episode and record.probe == probe:
+                        on_episode(record)
+                rollout = _Rollout(model, processor, plan, workers, writer, cameras, probe, instructions)
+                rollout.film(Path(folder) / "videos", videos, video_suffix)
+                rollout.run(range(envs), on_episode)
+                records = {(each.task, each.seed): each for each in writer.records if each.probe == probe}
+    finally:
+        torch.set_num_threads(threads)
+    return [records[task, seed] for task in plan.tasks for seed in plan.seeds]
+
+
+class _Rollout:
+    """The episodes of an evaluation, from the first to the last; see `evaluate`."""
+
+    def __init__(
+        self,
+        model,
+        processor,
+        plan: EvaluationPlan,
+        workers: EnvironmentWorkers,
+        writer: RecordWriter,
+        cameras: CameraPlan,
+        probe: str,
+        instructions: tuple[str, ...],
+    ):
+        self._new_policy = lambda seed: Policy(model, processor, seed=seed, **plan.policy_options)
+        self._plan, self._workers, self._writer, self._cameras = plan, workers, writer, cameras
+        self._probe, self._instructions = probe, instructions
+        self._active: dict[int, _Episode] = {}
+
+    def film(self, folder: Path, videos: int, suffix: str) -> None:
+        """Say which episodes are filmed: the first of every task."""
+        self._videos, self._suffix, self._filmed = folder, suffix, self._plan.seeds[:videos]
+        if videos:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self, envs, on_episode) -> None:
+        """Run all episodes that are not recorded."""
+        done = {(each.task, each.seed) for each in self._writer.records if each.probe == self._probe}
+        pending = {
+            task: deque(
+                _Episode(task, seed, seed in self._filmed) for seed in self._plan.seeds if (task, seed) not in done
+            )
+            for task in self._plan.tasks
+        }
+        free, stands = set(envs), {}
+        while any(pending.values()) or self._active:
+            for env in sorted(free):
+                if (task := self._choose(pending, stands.get(env))) is not None:
+                    free.remove(env)
+                    stands[env], episode = task, pending[task].popleft()
+                    episode.env = env
+                    self._begin(episode)
+            turn = self._turn()
+            for env, answer in self._workers.wait(0 if turn else None):
+                record = self._take(env, answer) if env in self._active else None
+                if record is not None:
+                    del self._active[env]
+                    free.add(env)
+                    if on_episode:
+                        on_episode(record)
+            if turn:
+                self._predict([episode for episode in turn if episode.observation is not None])
+
+    def _choose(self, pending, own):
+        """The task that an environment goes on with: its own, or one that lacks a full batch of environments.
+
+        To build an environment takes longer than an episode.
+        """
+        if pending.get(own):
+            return own
+        tasks = [episode.task for episode in self._active.values()]
+        return next((task for task in pending if pending[task] and tasks.count(task) < self._plan.batch_size), None)
+
+    def _begin(self, episode):
+        episode.policy = self._new_policy(episode.seed)
+        episode.observation, episode.steps, episode.latency_ms, episode.pictures = None, 0, [], []
+        self._active[episode.env] = episode
+        self._workers.begin(episode.env, episode.task, episode.seed, episode.film)
+
+    def _turn(self):
+        """Episodes to predict for, at most a batch: a full one, or all of a task that there are."""
+        waiting: dict[str, list[_Episode]] = {}
+        moving = {episode.task for episode in self._active.values() if episode.observation is None}
+        for episode in self._active.values():
+            if episode.observation is not None:
+                if episode.policy.talks(episode.observation):
+                    return [episode]
+                waiting.setdefault(episode.task, []).append(episode)
+        size = self._plan.batch_size
+        ready = [group for task, group in waiting.items() if len(group) >= size or task not in moving]
+        return max(ready, key=len, default=[])[:size]
+
+    def _predict(self, turn):
+        started = time.perf_counter()
+        policies, observations = [each.policy for each in turn], [each.observation for each in turn]
+        chunks = predict_chunks(policies, observations, batch_size=self._plan.batch_size) if turn else []
+        latency_ms = 1000 * (time.perf_counter() - started)
+        for episode, chunk in zip(turn, chunks, strict=True):
+            episode.latency_ms.append(latency_ms)
+            episode.observation = None
+            actions, always = episode.policy.execute(chunk), episode.policy.looks_at_every_step
+            self._workers.advance(episode.env, actions, always, episode.film)
+
+    def _take(self, env, answer) -> EpisodeRecord | None:
+        """Go on with an episode after its environment's answer; return the record of one that is over."""
+        episode = self._active[env]
+        match answer:
+            case Lost():
+                self._repeat(episode, answer)
+            case Begun():
+                said = answer.action_spec, answer.state_spec, answer.camera_specs
+                check_contract(episode.policy, self._cameras, *said, f"{self._plan.env}'s {episode.task}")
+                episode.begun_at = time.perf_counter()
+                episode.fps = answer.action_spec.control_hz or VIDEO_FPS
+                episode.pictures += [] if answer.picture is None else [answer.picture]
+                episode.observation = self._seen(episode, answer.observation, 0)
+                episode.instruction = episode.observation[TASK]
+            case Went():
+                first = episode.steps + answer.steps - len(answer.observations) + 1
+                episode.steps += answer.steps
+                episode.pictures += answer.pictures
+                if answer.done:
+                    return self._end(episode, answer.success)
+                seen = [self._seen(episode, each, first + place) for place, each in enumerate(answer.observations)]
+                for observation in seen[:-1]:
+                    episode.policy.remember(observation)
+                episode.observation = seen[-1]
+        return None
+
+    def _repeat(self, episode, lost):
+        episode.restarts += 1
+        episode.faults += lost.guilty
+        if episode.faults == ATTEMPTS:
+            raise ChildProcessError(
+                f"{self._plan.env}'s {episode.task}, seed {episode.seed}, cannot be simulated: {ATTEMPTS} times in a "
+                f"row {lost.why}. Episodes that are recorded stay; leave this task out, or mend the simulator."
+            )
+        self._begin(episode)
+
+    def _seen(self, episode, observation, step):
+        """What the policy is shown."""
+        observation = self._cameras.rename(observation)
+        if self._probe == NO_PROBE:
+            return observation
+        return PROBES[self._probe](observation, ProbeContext(episode.seed, step, self._instructions))
+
+    def _end(self, episode, success):
+        record = EpisodeRecord(
+            task=episode.task,
+            instruction=episode.instruction,
+            seed=episode.seed,
+            success=success,
+            steps=episode.steps,
+            predictions=len(episode.latency_ms),
+            latency_ms=[round(each, 3) for each in episode.latency_ms],
+            wall_s=round(time.perf_counter() - episode.begun_at, 4),
+            restarts=episode.restarts,
+            probe=self._probe,
+        )
+        if episode.film:
+            how = "success" if success else "failure"
+            probe = "" if self._probe == NO_PROBE else f"_{self._probe}"
+            name = f"{episode.task}_seed{episode.seed}{probe}_{how}{self._suffix}"
+            write_video(episode.pictures, self._videos / name, episode.fps)
+        self._writer.add(record)
+        return record

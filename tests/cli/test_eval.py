@@ -1,0 +1,81 @@
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_vla.cli.eval import parse_cameras
+from hf_vla.cli.main import app
+
+runner = CliRunner()
+
+
+def invoke(*words):
+    return runner.invoke(app, ["eval", *map(str, words)], env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def point(monkeypatch):
+    pytest.importorskip("gymnasium")
+    from hf_vla.evaluation.envs.registry import ENVS
+
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "evaluation")
+    monkeypatch.setitem(ENVS, "point", "point.PointTask")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(sawyer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    for part in sawyer("tinyvla"):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_evaluates_reports_and_compares(point, checkpoint, tmp_path):
+    words = (
+        "--model",
+        checkpoint,
+        "--env",
+        "point",
+        "--tasks",
+        "both",
+        "--episodes",
+        2,
+        "--horizon",
+        5,
+        "--device",
+        "cpu",
+    )
+    done = invoke(*words, "--out", tmp_path / "a", "--processes", 1, "--probe", "blank", "--n-action-steps", 2)
+    assert done.exit_code == 0, done.output
+    for text in ("left", "right", "95 % interval", "p95 ms", "probe: blank", "report.md"):
+        assert text in done.output
+    protocol = json.loads((tmp_path / "a" / "protocol.json").read_text())
+    assert protocol["n_action_steps"] == 2 and protocol["checkpoint"] == str(checkpoint)
+    lines = [json.loads(line) for line in (tmp_path / "a" / "episodes.jsonl").read_text().splitlines()]
+    assert sorted((each["probe"], each["task"], each["seed"]) for each in lines) == [
+        (probe, task, seed) for probe in ("blank", "none") for task in ("left", "right") for seed in (0, 1)
+    ]
+    assert (tmp_path / "a" / "report.json").exists()
+    again = invoke(*words, "--out", tmp_path / "a", "--ensemble", 0.01)
+    assert again.exit_code == 1 and "differs in n_action_steps: then 2, now 1" in again.output
+    assert invoke(*words, "--out", tmp_path / "b", "--processes", 1, "--ensemble", 0.01).exit_code == 0
+    compared = invoke("--compare", tmp_path / "a", tmp_path / "b")
+    assert compared.exit_code == 0 and "2" in compared.output, compared.output
+
+
+def test_says_what_is_missing():
+    done = invoke("--model", "x", "--tasks", "easy")
+    assert done.exit_code == 2 and "Missing --env" in done.output
+
+
+def test_says_which_simulators_there_are(point, checkpoint):
+    done = invoke("--model", checkpoint, "--env", "metawrold", "--tasks", "easy")
+    assert done.exit_code == 1 and "Did you mean 'metaworld'" in done.output
+
+
+def test_reads_cameras():
+    assert parse_cameras(["front=corner4", "wrist=gripperPOV"]) == {"front": "corner4", "wrist": "gripperPOV"}
+    for values in (["front"], ["=corner"], ["front="], ["front=a", "front=b"]):
+        with pytest.raises(Exception, match="Expected ROLE=NAME"):
+            parse_cameras(values)

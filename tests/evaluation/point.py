@@ -1,0 +1,63 @@
+"""A simulator for tests: a point that actions push about, drawn without any library, and faults on demand."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+
+from hf_vla.actions.spec import ActionSpec, CameraSpec, GripperSpec, StateSpec
+from hf_vla.evaluation.envs.base import SimulatedTask, check_known
+
+FAULT = "POINT_FAULT"  # "kill", "hang" or "raise", a task, a seed, a step, and a file that is there once it happened
+PIDS = "POINT_PIDS"  # folder in which every process leaves a file of its number
+
+
+class PointTask(SimulatedTask):
+    name = "point"
+    default_cameras = {"corner4": (48, 48)}
+    horizon = 10
+    names = ("x", "y", "z", "gripper")
+    action_spec = ActionSpec(names, "delta_ee", frame="world", control_hz=20.0, gripper=GripperSpec(3, -1.0, 1.0))
+    state_spec = StateSpec(names, frame="world")
+
+    @classmethod
+    def splits(cls):
+        return {"both": ("left", "right"), "one": ("left",)}
+
+    def _make(self):
+        for camera in self.sizes:
+            check_known("camera of this scene", camera, ("corner4", "top"))
+        self.instruction = f"Go to the {self.task}"
+        matrix = ((41.6, 0.0, 24.0), (0.0, 41.6, 24.0), (0.0, 0.0, 1.0))
+        self.camera_specs = {name: CameraSpec(name, *size, matrix) for name, size in self.sizes.items()}
+        if folder := os.environ.get(PIDS):
+            (Path(folder) / str(os.getpid())).touch()
+
+    def _restart(self, seed):
+        self.position = np.random.default_rng(seed).uniform(-0.5, 0.5, 4)
+
+    def _advance(self, action):
+        kind, task, seed, step, file = os.environ.get(FAULT, "- - -1 -1 -").split()
+        if (task, int(seed), int(step)) == (self.task, self.seed, self.episode_length) and not Path(file).exists():
+            if kind != "always":
+                Path(file).touch()
+            if kind == "hang":
+                time.sleep(1000)
+            if kind == "raise":
+                raise RuntimeError("the point is lost")
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.position = np.clip(self.position + 0.2 * action, -1, 1)
+        return self.position[0] < -0.8 if self.task == "left" else self.position[0] > 0.8
+
+    def _state(self):
+        return self.position
+
+    def _pictures(self, camera, depth):
+        width, height = self.sizes[camera]
+        waves = np.outer(np.arange(height), np.arange(width))[..., None] * (2 + self.position[:3]) / 50
+        return (127.5 + 127.5 * np.sin(waves)).astype(np.uint8), np.full((height, width), 2.0, np.float32)
+
+    def camera_pose(self, camera):
+        return np.eye(4)
