@@ -72,7 +72,8 @@ def statement_errors(tree):
                 yield "imports pickle"
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            if called in ("print", "eval", "exec", "torch.load"):
+            safe = any(k.arg == "weights_only" and getattr(k.value, "value", None) is True for k in node.keywords)
+            if called in ("print", "eval", "exec") or (called == "torch.load" and not safe):
                 yield f"calls {called}"
             elif called.endswith(".cuda"):
                 yield "calls .cuda()"
@@ -165,6 +166,7 @@ MODULES = {
         ("hf_vla.policy", "print('hello')", "calls print"),
         ("hf_vla.policy", "eval('1')", "calls eval"),
         ("hf_vla.policy", "torch.load('x')", "calls torch.load"),
+        ("hf_vla.policy", "torch.load('x', weights_only=False)", "calls torch.load"),
         ("hf_vla.policy", "model.cuda()", "calls .cuda()"),
         ("hf_vla.policy", "import pickle", "imports pickle"),
         ("hf_vla.policy", "from pickle import loads", "imports pickle"),

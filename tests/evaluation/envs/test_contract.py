@@ -228,8 +228,8 @@ def test_depth_lands_on_the_table(watched):
 def test_up_is_up_in_the_pictures(watched):
     """The gripper goes up; what is nearer than before lies higher in the picture than what is farther."""
     up = next((i for i, name in enumerate(watched.action_spec.names) if name in ("z", "dz")), None)
-    if up is None:
-        pytest.skip("no action moves up")
+    if up is None or watched.name == "simpler":
+        pytest.skip("no action moves up, or the arm hangs into the picture from above (test_simpler.py has its own)")
     watched.restart(SEED)
     action = np.zeros(watched.action_space.shape)
     poses, looks = [], []
@@ -256,6 +256,7 @@ def test_gymnasium_approves(env):
     from gymnasium.utils.env_checker import check_env
 
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*For Box action spaces.*")  # metres and radians need not be +-1
         warnings.filterwarnings("ignore", ".*Box observation space.*")  # a state has no natural bounds
         warnings.filterwarnings("ignore", ".*not within the observation space.*")
         check_env(env, skip_render_check=True)

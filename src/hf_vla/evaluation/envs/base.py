@@ -7,6 +7,7 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
@@ -56,6 +57,7 @@ class SimulatedTask(gym.Env, ABC):
 
     name: ClassVar[str]
     default_cameras: ClassVar[Mapping[str, tuple[int, int]]]
+    how_to_install: ClassVar[str] = "`pip install 'hf-vla[sim]'`"
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
     render_mode = "rgb_array"
 
@@ -75,7 +77,7 @@ class SimulatedTask(gym.Env, ABC):
             self._make()
         except ImportError as error:
             raise ImportError(
-                f"The simulator {self.name!r} needs {error.name}: `pip install 'hf-vla[sim]'`, see docs/simulators.md."
+                f"The simulator {self.name!r} needs {error.name}: {self.how_to_install}, see docs/simulators.md."
             ) from error
         self.action_space = self._action_space()
         self.observation_space = self._observation_space()
@@ -247,3 +249,14 @@ def check_known(what: str, name: str, known) -> None:
         close = get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"No {what} is called {name!r}; there are {sorted(known)}.{hint}")
+
+
+@contextmanager
+def numpy_seed(seed: int):
+    """Let a seed decide what is drawn from numpy's global generator, and leave that as it was."""
+    before = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)

@@ -9,14 +9,13 @@ Source: https://arxiv.org/abs/2009.12293
 
 import logging
 import warnings
-from contextlib import contextmanager
 from typing import ClassVar
 
 import numpy as np
 
 from hf_vla.actions.rotations import convert
 from hf_vla.actions.spec import ActionSpec, GripperSpec, StateSpec
-from hf_vla.evaluation.envs.base import SimulatedTask
+from hf_vla.evaluation.envs.base import SimulatedTask, numpy_seed
 
 # task -> what the robot is told, control steps until it is given up
 TASKS = {
@@ -110,14 +109,3 @@ class RobosuiteTask(SimulatedTask):
     def close(self):
         """Give the renderers back."""
         self._cameras.close()
-
-
-@contextmanager
-def numpy_seed(seed):
-    """Let a seed decide what is drawn from numpy's global generator, and leave that as it was."""
-    before = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(before)
