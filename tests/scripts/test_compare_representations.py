@@ -1,0 +1,132 @@
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hf_vla.training.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "scripts" / "recipes" / "compare").glob("*.yaml"))
+
+
+def load(name):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_recipes_differ_in_their_models_alone():
+    """And in the words that DiVLA learns to say."""
+    first = load_recipe(RECIPES[0])
+    assert len(RECIPES) == 12
+    for path in RECIPES:
+        recipe = load_recipe(path, {"training.output_dir": first.training.output_dir})
+        words = "subtask" if path.stem == "divla" else None
+        assert recipe.data.reasoning == words
+        recipe.data.reasoning = None
+        assert recipe.data == first.data, path.stem
+        kept = {name: value for name, value in recipe.training.to_dict().items() if name != "logging_dir"}
+        assert kept == {name: first.training.to_dict()[name] for name in kept}, path.stem
+
+
+def test_recipes_share_their_vision_tower():
+    configs = [load_recipe(path).model.config for path in RECIPES if load_recipe(path).model.backbone is None]
+    assert len(configs) == 6 and len({json.dumps(config["vision_config"], sort_keys=True) for config in configs}) == 1
+    assert not any(config["use_vision_zoe"] or config["use_ego3d"] for config in configs)
+
+
+def measured(left, right, lost, none):
+    counts = {"left": left, "right": right, "left, lost": lost, "right, lost": 0, "none": none}
+    return {
+        "metaworld": {"a": [1, 4], "b": [4, 4]},
+        "two_ways": {"usual": {"episodes": counts, "starts": [counts]}},
+        "action_error": 0.25,
+        "round_trip_worst": [0.1, 0.4, 0.2, 9.0],
+        "round_trip_mean": [0.1, 0.2, 0.1, 9.0],
+        "tokens_per_action": 4.0,
+        "tokens_per_action_of_seven": 7.0,
+        "tokens_per_chunk": 64.0,
+        "passes": {"language": 64, "head": 0},
+        "ms_per_chunk": 32.0,
+        "ms_per_action": 2.0,
+        "parameters": {"backbone": 900_000, "rest": 1_200_000},
+        "samples_per_second": 80.4,
+    }
+
+
+def test_the_table_says_what_was_measured():
+    report = load("representation_report")
+    assert set(report.TITLES) == {path.stem for path in RECIPES}
+    line = report.as_table({"openvla": measured(3, 2, 1, 4)}).splitlines()[2]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1].startswith("62.5 %") and cells[2].startswith("50.0 %")  # 5 of 8; 5 of 10 arrived
+    # who was lost behind the obstacle went by the left, too
+    assert cells[3].startswith("60.0 %") and cells[3].endswith("; 4 : 2") and cells[4] == "4 : 2"
+    assert cells[5:] == ["0.250", "4 (2)", "4 (7)", "64", "64 + 0", "32", "2", "1.20 M", "80"]
+
+
+def test_the_page_keeps_its_words(tmp_path):
+    report, page = load("representation_report"), tmp_path / "representations.md"
+    page.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nbehind <!-- here: x -->\n")
+    results = {"protocol": {"steps": 2}, "representations": {"fast": measured(1, 1, 0, 0)}}
+    for _ in range(2):
+        report.write_report(tmp_path, results)
+    text = page.read_text()
+    assert re.fullmatch(r"before\n<!-- results -->\n\|.*\n<!-- /results -->\nbehind <!-- here: x -->\n", text, re.S)
+    assert "old" not in text and text.count("FAST") == 1
+    assert json.loads((tmp_path / "representations.json").read_text()) == results
+    assert (tmp_path / "representations.png").stat().st_size > 10_000
+
+
+@pytest.mark.sim
+def test_who_goes_left_is_counted_as_left():
+    measures = load("representation_measures")
+    from hf_vla.evaluation.envs.experts.two_ways import TwoWaysExpert
+    from hf_vla.evaluation.envs.two_ways import TwoWaysTask
+
+    def controller(observations, generator):
+        """Chunks of an expert that always goes left, from the first episode's start; other episodes stay."""
+        env = TwoWaysTask("reach-behind")
+        env.restart(0)
+        expert = TwoWaysExpert(env)
+        expert.reset()
+        expert.side, actions = "left", []
+        while not any(env.advance(expert.act())):
+            actions.append(expert.act())
+        chunks = np.zeros((len(observations), 60, 4))
+        chunks[0, : len(actions)] = actions
+        return chunks
+
+    envs = measures._drive(controller, [0, 3], executed=60)
+    counts = measures._counts(envs)
+    assert sum(counts.values()) == 2 and counts["none"] == 1 and envs[0].side == "left"
+
+
+@pytest.mark.slow
+@pytest.mark.sim
+def test_quick_run_compares_everything_and_goes_on_where_it_stopped(tmp_path):
+    command = [sys.executable, ROOT / "scripts" / "compare_representations.py", "--quick", "--out", tmp_path]
+    for names in (["ddim", "fast"], ["regression"]):
+        done = subprocess.run([*command, "--only", *names], capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+    assert "ddim" not in done.stdout and "fast" not in done.stdout  # they were finished
+    results = json.loads((tmp_path / "representations.json").read_text())["representations"]
+    assert [*results] == ["regression", "fast", "ddim"]
+    backbones = {each["parameters"]["backbone"] for each in results.values()}
+    assert len(backbones) == 1
+    assert results["regression"]["passes"] == {"language": 1, "head": 1}
+    assert results["ddim"]["passes"] == {"language": 1, "head": 10}
+    assert results["regression"]["tokens_per_chunk"] == 0 and results["fast"]["tokens_per_chunk"] > 0
+    assert "sampled" in results["fast"]["two_ways"] and "sampled" not in results["ddim"]["two_ways"]
+    assert (tmp_path / "metaworld-ddim" / "model.safetensors").read_bytes() == (
+        tmp_path / "metaworld-ddpm" / "model.safetensors"
+    ).read_bytes()
+    text = (tmp_path / "representations.md").read_text()
+    assert text.count("\n| ") == 5 and (tmp_path / "representations.png").is_file()
