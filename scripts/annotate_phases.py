@@ -52,12 +52,15 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--gripper", default="gripper", help="name of the gripper's action, which is closed above 0")
     parser.add_argument("--motions", action="store_true", help="say which way the hand moves")
     parser.add_argument("--hand", nargs=3, default=["x", "y", "z"], help="names of the hand's place in the state")
+    parser.add_argument("--commanded", action="store_true", help="take motions from relative actions, not from states")
     parser.add_argument("--ahead", type=int, default=16, help="frames over which the hand moves")
-    parser.add_argument("--still", type=float, default=0.01, help="less is no motion, in units of the state")
+    parser.add_argument(
+        "--still", type=float, default=0.01, help="less is no motion, in units of the states or actions"
+    )
     options = parser.parse_args(arguments)
     root = options.folder
     if options.motions:
-        phrases, numbers = annotate_motions(root, options.hand, options.ahead, options.still)
+        phrases, numbers = annotate_motions(root, options.hand, options.ahead, options.still, options.commanded)
     else:
         phrases, numbers = annotate(root, options.motion, options.gripper)
     if options.output:
@@ -94,14 +97,21 @@ def annotate(root: Path, motion: list[str], gripper: str) -> tuple[list[str], di
     return [*phrases], numbers
 
 
-def annotate_motions(root: Path, hand: list[str], ahead: int, still: float) -> tuple[list[str], dict[int, int]]:
+def annotate_motions(
+    root: Path, hand: list[str], ahead: int, still: float, commanded: bool = False
+) -> tuple[list[str], dict[int, int]]:
     """Return the phrases, and which of them each row has; see `annotate`.
+
+    `commanded`: what relative actions ask for, which is what an expert wants where it is pushed about.
 
     Raises:
         ValueError: no v3.0, annotated already, or a name is missing among the state's.
     """
     dataset = unannotated(root)
-    places = dataset.column(schema.STATE)[:, named(dataset, schema.STATE, hand, "--hand")]
+    key = schema.ACTION if commanded else schema.STATE
+    places = dataset.column(key)[:, named(dataset, key, hand, "--hand")]
+    if commanded:  # where each row's action begins, if all before it did what they ask for
+        places = np.cumsum(places, axis=0, dtype=np.float64) - places
     phrases, numbers, starts = {}, {}, dataset.episode_starts
     for start, end in zip(starts[:-1], starts[1:], strict=True):
         later = np.minimum(np.arange(start, end) + ahead, end - 1)

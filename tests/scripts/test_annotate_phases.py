@@ -211,6 +211,18 @@ def test_motions_are_the_way_the_hand_will_have_gone(script, bare):
     assert len(spoken) > 3 and words[starts[4] - 1] == "stay"
 
 
+def test_motions_are_what_the_actions_ask_for(script, bare):
+    script.main([str(bare), "--motions", "--commanded", "--hand", "dx", "dy", "dz", "--ahead", "4", "--still", "0.5"])
+    dataset = LeRobotEpisodes(bare, cameras=[])
+    actions, words, starts = dataset.column("action"), dataset.texts("subtask"), dataset.episode_starts
+    for row in range(starts[3], starts[4]):
+        x, y, z = actions[row : min(row + 4, starts[4] - 1), :3].sum(0, dtype=np.float64)
+        expected = ["left"] if x <= -0.5 else ["right"] if x >= 0.5 else []
+        expected += ["back"] if y <= -0.5 else ["forward"] if y >= 0.5 else []
+        expected += ["down"] if z <= -0.5 else ["up"] if z >= 0.5 else []
+        assert words[row] == (" ".join(expected) or "stay")
+
+
 def test_what_cannot_be_annotated_is_refused_and_left_as_it_was(script, bare, demos, goldens, tmp_path):
     def refused(root, message, *options):
         before = contents(root)
