@@ -5,20 +5,22 @@
 Records demonstrations of four Meta-World tasks (or takes those of a dataset that has them) and of the bimodal task
 `two_ways`, trains every recipe of scripts/recipes/compare on both, drives each in closed loop, measures each beside
 all others, and writes docs/representations.{md,json,png}. What is finished is not done again: after an interruption,
-or to add a representation, run the same command. Processes may share the work by --only, once the first has recorded
-(ddim needs ddpm: give them to the same); one without it, at the end, puts everything together.
+or to add a representation, run the same command; a training goes on from its last checkpoint.
 
-Everything runs on one thread. `--quick` does all of it with hardly any training in minutes, to see that it works; its
-figures say nothing.
+Everything runs on one thread. Run the same command in a second shell, too, and both share the work, one representation
+at a time: on two cores it takes about three hours. `--quick` does all of it with hardly any training in minutes, to
+see that it works; its figures say nothing.
 """
 
 import argparse
 import json
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 from annotate_phases import annotate_motions, write
@@ -49,6 +51,7 @@ NAMES = (  # in the order of the chapter
 SAME_WEIGHTS = {"ddim": "ddpm"}  # another sampler of the same training
 CAMERAS = {"metaworld": "corner4", "two_ways": "top"}
 WORDS = {"metaworld": (16, 0.01), "two_ways": (8, 0.1)}  # frames ahead, and metres, less of which is no motion
+SAVE_STEPS = 100  # an interrupted training loses as many at most
 HELD_OUT = 2  # of each task's demonstrations, the last
 
 
@@ -59,8 +62,9 @@ class Budget:
     tasks: tuple[str, ...] = ("drawer-close-v3", "button-press-topdown-v3", "window-open-v3", "drawer-open-v3")
     demonstrations: int = 32  # of every task of Meta-World
     ways: int = 300  # demonstrations of two_ways
-    noise: float = 0.1  # on what is executed while recording Meta-World
-    steps: int = 1000
+    noise: float | None = 0.1  # on what is executed while recording Meta-World
+    data: str | None = None  # name of the dataset given instead, whose noise we do not know
+    steps: int = 600
     batch_size: int = 32
     episodes: int = 20  # of every task of Meta-World
     horizon: int = 300  # of an episode of Meta-World, some four times what the expert takes
@@ -90,24 +94,58 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     options = parser.parse_args()
     given = {name: value for name in ("steps", "episodes") if (value := getattr(options, name)) is not None}
+    if options.data is not None:
+        given |= {"data": options.data.resolve().name, "noise": None}
     budget, out = Budget(**{**(QUICK if options.quick else {}), **given}), options.out.resolve()
     torch.set_num_threads(1)
-    settle(out, budget)
-    make_backbone(out / "backbone")
-    prepare(out, budget, options.data)
-    for name in options.only:
-        for env in CAMERAS:
-            checkpoint(out, env, name, budget)
-        evaluate(out, name, budget)
-    finished = [name for name in NAMES if (result_file(out, name, "closed_loop")).exists()]
-    checkpoints = {name: (out / f"metaworld-{name}", recipe_of(out, "metaworld", name, budget)) for name in finished}
-    measures = measure(checkpoints, budget)
-    results = {
-        name: {**json.loads(result_file(out, name, "closed_loop").read_text()), **measures[name]} for name in finished
-    }
+    with turn(out, "data"):
+        settle(out, budget)
+        make_backbone(out / "backbone")
+        prepare(out, budget, options.data)
+    for wait in (False, True):  # first what no other process is at; then what one was, should it have been killed
+        for name in sorted(options.only, key=SAME_WEIGHTS.__contains__):  # by then the weights are there
+            with turn(out, name, wait) as ours:
+                if ours:
+                    finish(out, name, budget)
     docs = options.docs or (out if options.quick else ROOT / "docs")
-    write_report(docs, {"protocol": asdict(budget), "representations": results})
+    with turn(out, "report"):
+        write_report(docs, {"protocol": asdict(budget), "representations": results(out, budget)})
     print(f"Wrote {docs / 'representations.md'}.")
+
+
+@contextmanager
+def turn(out: Path, name: str, wait: bool = True):
+    """Keep other processes from the same work; False where one is at it and we do not wait for it."""
+    (out / "locks").mkdir(parents=True, exist_ok=True)
+    try:  # the system lets go of it when its holder is killed
+        lock = filelock.FileLock(out / "locks" / name).acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout:
+        yield False
+    else:
+        with lock:
+            yield True
+
+
+def finish(out: Path, name: str, budget: Budget):
+    """Train and drive a representation."""
+    for env in CAMERAS:
+        if name in SAME_WEIGHTS:
+            with turn(out, SAME_WEIGHTS[name]):
+                checkpoint(out, env, SAME_WEIGHTS[name], budget)
+        checkpoint(out, env, name, budget)
+    evaluate(out, name, budget)
+
+
+def results(out: Path, budget: Budget) -> dict[str, dict]:
+    """What was measured of all that are finished; in one process, or their times would tell of other things."""
+    driven = {name: result_file(out, name) for name in NAMES if result_file(out, name).exists()}
+    path = out / "results" / "measures.json"
+    measures = json.loads(path.read_text()) if path.exists() else {}
+    if [*measures] != [*driven]:
+        folders = {name: (out / f"metaworld-{name}", recipe_of(out, "metaworld", name, budget)) for name in driven}
+        measures = measure(folders, budget)
+        write_whole(path, json.dumps(measures, indent=1))
+    return {name: {**json.loads(file.read_text()), **measures[name]} for name, file in driven.items()}
 
 
 def settle(out: Path, budget: Budget):
@@ -204,6 +242,10 @@ def recipe_of(out: Path, env: str, name: str, budget: Budget):
         "training.output_dir": str(out / f"{env}-{name}"),
         "training.max_steps": budget.steps,
         "training.per_device_train_batch_size": budget.batch_size,
+        "training.save_strategy": "steps",
+        "training.save_steps": SAVE_STEPS,
+        "training.save_total_limit": 1,
+        "training.resume_from_checkpoint": True,
         "training.eval_action_samples": min(64, budget.frames),
         "training.report_to": "none",
         "training.disable_tqdm": True,
@@ -214,17 +256,20 @@ def recipe_of(out: Path, env: str, name: str, budget: Budget):
 
 
 def checkpoint(out: Path, env: str, name: str, budget: Budget) -> Path:
-    """Train a checkpoint, unless it is there."""
-    folder, state = out / f"{env}-{name}", out / f"{env}-{name}" / "trainer_state.json"
-    if state.exists() and json.loads(state.read_text())["global_step"] == budget.steps:
+    """Train a checkpoint to its end, unless that is done."""
+    folder, finished = out / f"{env}-{name}", out / f"{env}-{name}" / "trainer_state.json"
+    if finished.exists():
         return folder
     recipe, start = recipe_of(out, env, name, budget), time.monotonic()
     if name in SAME_WEIGHTS:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(checkpoint(out, env, SAME_WEIGHTS[name], budget), folder)
-        config = json.loads((folder / "config.json").read_text())
+        aside = out / f".{folder.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        trained = out / f"{env}-{SAME_WEIGHTS[name]}"
+        shutil.copytree(trained, aside, ignore=shutil.ignore_patterns("checkpoint-*"))
+        config = json.loads((aside / "config.json").read_text())
         config["head_config"] = recipe.model.config["head_config"]
-        write_whole(folder / "config.json", json.dumps(config, indent=2))
+        write_whole(aside / "config.json", json.dumps(config, indent=2))
+        aside.rename(folder)
     else:
         print(f"{name}: training on {env}", flush=True)
         train(recipe)
@@ -232,13 +277,13 @@ def checkpoint(out: Path, env: str, name: str, budget: Budget) -> Path:
     return folder
 
 
-def result_file(out: Path, name: str, what: str) -> Path:
-    return out / "results" / f"{name}.{what}.json"
+def result_file(out: Path, name: str) -> Path:
+    return out / "results" / f"{name}.json"
 
 
 def evaluate(out: Path, name: str, budget: Budget):
     """Drive a representation in closed loop, on both, unless that is done."""
-    path = result_file(out, name, "closed_loop")
+    path = result_file(out, name)
     if path.exists():
         return
     path.parent.mkdir(exist_ok=True)

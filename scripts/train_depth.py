@@ -22,6 +22,7 @@ from hf_vla.models.spatialvla.modeling_spatialvla import SpatialVLAForConditiona
 FIRST_SEED = FIRST_RECORDING_SEED + 500_000  # no episode of a dataset
 EVERY = 10  # steps from one picture to the next
 HELD_OUT = 128
+BATCH_SIZE = 32
 
 
 def main(arguments: list[str] | None = None):
@@ -70,7 +71,7 @@ def train(model: SpatialVLAForConditionalGeneration, pictures: np.ndarray, depth
     Args:
         model (`SpatialVLAForConditionalGeneration`): whose `estimate_depth` is to be right.
         pictures (`np.ndarray` of shape `(N, H, W, 3)`), depths (`np.ndarray` of shape `(N, H, W)`): in metres.
-        steps (`int`): of 32 pictures.
+        steps (`int`): of `BATCH_SIZE` pictures.
     """
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2)
     depths, zoe = torch.from_numpy(depths.astype(np.float32)), model.vision_zoe_model
@@ -79,7 +80,7 @@ def train(model: SpatialVLAForConditionalGeneration, pictures: np.ndarray, depth
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
     bar = tqdm(range(steps), desc="Training")
     for step in bar:
-        rows = torch.randint(HELD_OUT, len(pixels), (32,))
+        rows = torch.randint(HELD_OUT, len(pixels), (BATCH_SIZE,))
         error = model.estimate_depth(pixels[rows] / 255).clamp_min(1e-3).log() - depths[rows].log()
         (error.abs().mean() + error.std((1, 2)).mean()).backward()
         torch.nn.utils.clip_grad_norm_(zoe.parameters(), 1.0)

@@ -42,6 +42,41 @@ def test_recipes_share_their_vision_tower():
     assert not any(config["use_vision_zoe"] or config["use_ego3d"] for config in configs)
 
 
+@pytest.fixture
+def script(monkeypatch):
+    """compare_representations, which imports its neighbours."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return load("compare_representations")
+
+
+def test_one_at_a_time(script, tmp_path):
+    with script.turn(tmp_path, "fast") as ours, script.turn(tmp_path, "rt1", wait=False) as another:
+        with script.turn(tmp_path, "fast", wait=False) as same:
+            assert ours and another and not same
+    with pytest.raises(KeyboardInterrupt), script.turn(tmp_path, "fast", wait=False):
+        raise KeyboardInterrupt
+    with script.turn(tmp_path, "fast", wait=False) as ours:
+        assert ours
+
+
+def test_another_protocol_needs_another_folder(script, tmp_path):
+    for _ in range(2):
+        script.settle(tmp_path, script.Budget(steps=3))
+    with pytest.raises(SystemExit, match="holds a comparison of another protocol"):
+        script.settle(tmp_path, script.Budget(steps=4))
+
+
+def test_measures_are_taken_again_for_another_selection(script, tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(script, "recipe_of", lambda *_: None)
+    monkeypatch.setattr(script, "measure", lambda folders, _: taken.append([*folders]) or dict.fromkeys(folders, {}))
+    (tmp_path / "results").mkdir()
+    for name in ("fast", "fast", "rt1", "rt1"):
+        script.result_file(tmp_path, name).write_text(json.dumps({"name": name}))
+        results = script.results(tmp_path, script.Budget())
+    assert taken == [["fast"], ["rt1", "fast"]] and results == {"rt1": {"name": "rt1"}, "fast": {"name": "fast"}}
+
+
 def measured(left, right, lost, none):
     counts = {"left": left, "right": right, "left, lost": lost, "right, lost": 0, "none": none}
     return {

@@ -75,6 +75,10 @@ class ModelArguments:
             things are, `Intel/zoedepth-nyu-kitti` for example, or what `scripts/train_depth.py` wrote; without it, an
             untrained one, or the robot's own depth with `config: {use_vision_zoe: false, use_ego3d: true}`.
         adapt_grid (`bool`): fit a checkpoint's grid anew to this dataset and move its spatial embeddings along.
+        decoding (`str`, *optional*): with `path`, "discrete_diffusion": a SpatialVLA that generates token by token
+            learns to fill in a chunk at once, see
+            [`~hf_vla.models.spatialvla.modeling_spatialvla.SpatialVLAForConditionalGeneration.diffuse_actions`]; a new
+            model's is a field of `config`.
         lora (`LoraArguments`, *optional*): train adapters instead of the weights.
         tune (`str`): without `lora`, what is trained: "full", everything, or "head", only what makes actions of what
             the frozen backbone sees, see [`~hf_vla.training.optimization.HEAD`].
@@ -99,6 +103,7 @@ class ModelArguments:
     action_tokenizer: dict[str, Any] | None = None
     depth_model: str | None = None
     adapt_grid: bool = False
+    decoding: str | None = None
     lora: LoraArguments | None = None
     tune: str = "full"
     quantization: str | None = None
@@ -133,6 +138,11 @@ class ModelArguments:
             raise ValueError(
                 "model.quantization is of the frozen weights of a checkpoint under adapters: give model.path and "
                 "model.lora, too. For a new head on a VLM, train or save the full model first."
+            )
+        if self.decoding is not None and (self.path is None or self.quantization is not None):
+            raise ValueError(
+                "model.decoding is of a checkpoint that decodes otherwise, in its full precision: give model.path and "
+                "no model.quantization; a new model's is model.config.decoding."
             )
         if self.action_tokenizer is not None and self.grid is not None:
             raise ValueError("A model emits tokens of one kind: give model.grid or model.action_tokenizer, not both.")

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForDepthEstimation, DPTConfig, DPTForDepthEstimation
 
 from hf_vla.actions.tokenizers.registry import ACTION_TOKENIZERS
 from hf_vla.data.collator import VLACollator
+from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
+from hf_vla.models.spatialvla.modeling_spatialvla import SpatialVLAForConditionalGeneration
 from hf_vla.policy import Policy
 from hf_vla.training.builders.registry import build
 from hf_vla.training.datasets import open_datasets
@@ -114,3 +117,105 @@ def test_the_end_needs_a_window(make_recipe, tmp_path, demo_item):
     item = demo_item | {"action": torch.zeros(1, 7), "action_is_pad": torch.zeros(1, dtype=torch.bool)}
     with pytest.raises(ValueError, match="delta_indices={'timestamp': range"):
         VLACollator(processor, "robosuite_demos", ["agentview"])([item])
+
+
+@pytest.fixture(scope="module")
+def zoe(tmp_path_factory):
+    """A depth model with weights of its own, for larger pictures than the preset's."""
+    config = SpatialVLAConfig.from_preset("tiny")
+    config.vision_zoe_config.backbone_config.image_size = 128
+    torch.manual_seed(1)
+    folder, model = tmp_path_factory.mktemp("zoe"), SpatialVLAForConditionalGeneration(config).vision_zoe_model
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_depth_model_of_its_own_stays_as_it_is(zoe, make_recipe, tmp_path):
+    options = {"model__depth_model": str(zoe), "training__max_steps": 1, "training__save_strategy": "no"}
+    recipe = make_recipe(tmp_path, **options)
+    weights = AutoModelForDepthEstimation.from_pretrained(zoe).state_dict()
+    model, _ = make(recipe)
+    assert model.config.zoe_image_size == 128
+    train(recipe)
+    for trained in (model, AutoModel.from_pretrained(tmp_path)):
+        inside = trained.vision_zoe_model
+        assert not inside.training and not any(parameter.requires_grad for parameter in inside.parameters())
+        state = inside.state_dict()
+        assert weights.keys() == state.keys() and all(torch.equal(state[name], weights[name]) for name in weights)
+
+
+def test_depth_models_that_are_no_use(zoe, make_recipe, tmp_path):
+    def refused(message, error=ValueError, recipe="spatialvla_tiny", **overrides):
+        with pytest.raises(error, match=message):
+            make(make_recipe(tmp_path, recipe, model__depth_model=str(zoe), **overrides))
+
+    refused("use_vision_zoe is false: leave model.depth_model out", model__config={"use_vision_zoe": False})
+    refused("vision_zoe_config follows from the data", model__config={"vision_zoe_config": {}})
+    refused("tinyvla takes no model.depth_model", recipe="rt1")
+    another = {"model__preset": None, "model__grid": None, "model__path": "x"}
+    refused("A checkpoint keeps its own depth model", **another)
+    zoe = tmp_path / "zoe"
+    refused("no such folder", FileNotFoundError)
+    small = {"hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 8}
+    small |= {"neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "backbone_out_indices": [0, 1, 2, 3]}
+    DPTForDepthEstimation(DPTConfig(**small, is_hybrid=False)).save_pretrained(zoe)
+    refused("Expected model.depth_model to be a whole ZoeDepth, .* is a dpt")
+
+
+def test_a_depth_model_that_lacks_weights(zoe, make_recipe, tmp_path):
+    weights = load_file(zoe / "model.safetensors")
+    del weights["metric_head.conv2.weight"]
+    (tmp_path / "config.json").write_bytes((zoe / "config.json").read_bytes())
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="zoedepth that lacks .'metric_head.conv2.weight'."):
+        make(make_recipe(tmp_path / "out", model__depth_model=str(tmp_path)))
+
+
+@pytest.fixture(scope="module")
+def in_order(make_recipe, tmp_path_factory):
+    """A checkpoint that generates token by token."""
+    folder = tmp_path_factory.mktemp("in_order")
+    train(make_recipe(folder, training__max_steps=1, training__save_strategy="no"))
+    return folder
+
+
+def at_once(folder, **overrides):
+    """Overrides for a recipe that lets a checkpoint decode by discrete diffusion."""
+    new = {"model__preset": None, "model__grid": None, "model__config": None, "model__path": str(folder)}
+    short = {"training__max_steps": 1, "training__save_strategy": "no"}
+    return {**new, "model__decoding": "discrete_diffusion", **short, **overrides}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("lora", [None, {"r": 4, "alpha": 4}])
+def test_a_checkpoint_learns_to_decode_at_once(lora, in_order, make_recipe, tmp_path):
+    recipe = make_recipe(tmp_path, **at_once(in_order, model__lora=lora))
+    if lora is None:
+        before, (model, _) = AutoModel.from_pretrained(in_order), make(recipe)
+        state, parts = model.state_dict(), before.spatial_embed_tokens.weight.split(model.config.action_block_sizes)
+        masks = torch.stack([part.mean(0) for part in parts])  # of translation, rotation, gripper
+        torch.testing.assert_close(state.pop("action_mask_embedding.weight"), masks)
+        assert all(torch.equal(value, state.pop(name)) for name, value in before.state_dict().items()) and not state
+    train(recipe)
+    policy = Policy.from_pretrained(tmp_path)
+    loaded = SpatialVLAForConditionalGeneration.from_pretrained(tmp_path)  # of adapters, with the base's configuration
+    assert loaded.config.decoding == policy.model.config.decoding == "discrete_diffusion"
+    masks = (each.get_submodule("action_mask_embedding").state_dict() for each in (loaded, policy.model))
+    assert all(torch.equal(one, other) for one, other in zip(*(each.values() for each in masks), strict=True))
+    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    chunk = policy.predict_chunk({"observation.images.agentview": picture, "task": "lift"})
+    assert chunk.shape == (4, 7) and np.isfinite(chunk).all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model__decoding": "autoregressive"}, "'autoregressive' for one of 'autoregressive'"),
+        ({"data__chunk_size": 1}, "num_decoding_steps of at most 3, the number of tokens of a chunk, got 4"),
+        ({"model__quantization": "4bit", "model__lora": {}}, "in its full precision"),
+        ({"model__path": None, "model__preset": "tiny", "model__grid": {}}, "a new model's is model.config.decoding"),
+    ],
+)
+def test_decodings_that_are_no_use(overrides, message, in_order, make_recipe, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make(make_recipe(tmp_path, **at_once(in_order, **overrides)))

@@ -248,6 +248,8 @@ class SpatialVLAConfig(PreTrainedConfig):
                 "Discrete diffusion fills in a fixed number of tokens, but that of these differs from chunk to chunk, "
                 "as with FAST: set decoding to 'autoregressive', or take uniform bins or a grid."
             )
+        if self.action_ranges(1) is None:
+            raise ValueError("Discrete diffusion needs action_block_sizes or action_token_ranges, got neither.")
         ranges = None if self.chunk_size is None else self.action_ranges(self.chunk_size)
         if ranges is not None and self.num_decoding_steps > len(ranges):
             raise ValueError(

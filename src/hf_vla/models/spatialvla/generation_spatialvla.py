@@ -182,10 +182,11 @@ class SpatialVLAGenerationMixin(GenerationMixin):
         blocks = F.pad(attention_mask.new_zeros(attention_mask.shape), (0, num_tokens), value=1)
         attention_mask = F.pad(attention_mask, (0, num_tokens), value=1)
         cache = DynamicCache(config=config.text_config)
+        places = torch.arange(num_tokens, device=embeds.device)
         cache.activate_past_recording()  # else layers with a sliding window could not forget the action tokens
 
         def predict(ids, masked):
-            inputs = self.hide_actions(self.embed_inputs(ids + config.action_token_begin_idx), masked)
+            inputs = self.hide_actions(self.embed_inputs(ids + config.action_token_begin_idx), masked, places)
             if cache.get_seq_length() == 0:
                 inputs = torch.cat([embeds, inputs], dim=1)
             hidden = self._decode(inputs, attention_mask, blocks, past_key_values=cache, use_cache=True)

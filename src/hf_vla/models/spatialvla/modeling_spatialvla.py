@@ -87,7 +87,7 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, SpatialVLAGeneratio
         if config.use_spatial_token:
             self.spatial_embed_tokens = nn.Embedding(config.spatial_token_num, config.text_config.hidden_size)
         if config.decoding == "discrete_diffusion":
-            self.action_mask_embedding = nn.Embedding(1, config.text_config.hidden_size)
+            self.action_mask_embedding = nn.Embedding(len(config.action_ranges(1)), config.text_config.hidden_size)
         self.action_tokenizer = None
         self.post_init()
 
@@ -127,7 +127,29 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, SpatialVLAGeneratio
             )
         for name, value in {**fields, "chunk_size": chunk_size}.items():
             setattr(self.config, name, value)
+        self.config.validate_architecture()
         self.action_tokenizer = tokenizer
+
+    @torch.no_grad()
+    def diffuse_actions(self) -> None:
+        """Let a model that generates token by token learn to fill in a chunk at once, by discrete diffusion.
+
+        All weights stay; a mask token begins as the mean of the embeddings of those that may stand at its place.
+
+        Raises:
+            ValueError: it does so already, or its chunks have no fixed number of tokens, as with FAST.
+        """
+        config = self.config
+        if config.decoding == "discrete_diffusion":
+            raise ValueError("This model decodes by discrete diffusion already.")
+        config.decoding = "discrete_diffusion"
+        config.validate_architecture()
+        if config.use_spatial_token:
+            actions = self.spatial_embed_tokens.weight
+        else:
+            actions = self.get_input_embeddings().weight[config.action_token_begin_idx :][: config.spatial_token_num]
+        means = torch.stack([actions[start:stop].mean(0) for start, stop in config.action_ranges(1)])
+        self.action_mask_embedding = nn.Embedding.from_pretrained(means, freeze=False)
 
     def train(self, mode: bool = True):
         """Switch to training mode, all but the frozen depth model (its drop path would perturb the depth)."""
@@ -303,19 +325,24 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, SpatialVLAGeneratio
             embeds = embeds.masked_scatter(is_image[..., None], (image_features * scale).to(embeds.dtype))
         return embeds
 
-    def hide_actions(self, embeds: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """Put the mask token of discrete diffusion in the place of action tokens.
+    def hide_actions(self, embeds: torch.Tensor, masked: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Put the mask tokens of discrete diffusion in the place of action tokens.
+
+        Each token of an action has a mask of its own. Discrete Diffusion VLA has one for all, and its position alone
+        tells a token then which number of the action it is, which takes a small model long to learn.
 
         Args:
             embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): of `embed_inputs`.
             masked (`torch.Tensor` of shape `(batch_size, sequence_length)`, bool): which to hide.
+            places (`torch.Tensor` of shape `(sequence_length,)` or that of `masked`): of the tokens in the chunk,
+                counted from 0; only read where they are hidden.
 
         Returns:
             `torch.Tensor` of the shape of `embeds`.
         """
         scale = getattr(self.get_input_embeddings(), "scalar_embed_scale", 1.0)
-        mask = self.action_mask_embedding(masked.new_zeros(1, dtype=torch.long)) * scale
-        return torch.where(masked[..., None], mask.to(embeds.dtype), embeds)
+        masks = self.action_mask_embedding(places % len(self.config.action_ranges(1))) * scale
+        return torch.where(masked[..., None], masks.to(embeds.dtype), embeds)
 
     def _decode(
         self, inputs_embeds, attention_mask, block_ids=None, position_ids=None, past_key_values=None, **kwargs
@@ -440,8 +467,8 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, SpatialVLAGeneratio
             inputs_embeds = self.embed_inputs(input_ids, features)
         targets = None if labels is None else F.pad(labels, (0, 1), value=-100)[:, 1:]
         if labels is not None and self.config.decoding == "discrete_diffusion":
-            masked = self._mask_actions(input_ids, labels)
-            inputs_embeds = self.hide_actions(inputs_embeds, masked)
+            masked, places = self._mask_actions(input_ids, labels)
+            inputs_embeds = self.hide_actions(inputs_embeds, masked, places)
             targets = labels.masked_fill(~masked, -100)
         outputs = self._decode(inputs_embeds, attention_mask, block_ids, position_ids, past_key_values, **kwargs)
 
@@ -479,8 +506,8 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, SpatialVLAGeneratio
         begin = self.config.action_token_begin_idx
         return (input_ids >= begin) & (input_ids < begin + self.config.spatial_token_num)
 
-    def _mask_actions(self, input_ids, labels) -> torch.Tensor:
-        """Which tokens of a training batch to hide; of action tokens without a label all."""
+    def _mask_actions(self, input_ids, labels) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tokens of a training batch to hide, of action tokens without a label all, and their places."""
         if input_ids is None:
             raise ValueError("Discrete diffusion masks action tokens: give `input_ids` with `labels`, no embeddings.")
         is_action = self._is_action(input_ids)
@@ -488,7 +515,7 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, SpatialVLAGeneratio
         if (counts != counts[0]).any():
             raise ValueError(f"Expected equally many action tokens in every sample, got {counts.tolist()}.")
         masked = random_mask(labels[is_action].view(len(labels), counts[0]) != -100)
-        return is_action.masked_scatter(is_action, masked)
+        return is_action.masked_scatter(is_action, masked), is_action.cumsum(-1) - 1
 
 
 # Only for registered models does peft translate adapters of older layouts; the backbones bring the translations along.

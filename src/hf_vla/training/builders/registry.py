@@ -49,7 +49,7 @@ def build(recipe: Recipe, datasets: list[OpenDataset], checkpoint: str | None = 
     from hf_vla.training.lora import add_lora  # takes seconds to import
 
     base = Path(recipe.training.output_dir, BASE).resolve()
-    if arguments.path is None:
+    if arguments.path is None or arguments.decoding is not None:
         model = _with_base(recipe, model, processor, base, checkpoint)
     elif base.exists():
         raise ValueError(

@@ -80,6 +80,8 @@ def _new(arguments: ModelArguments, facts: DataFacts):
     if depth_model is not None:
         given["vision_zoe_config"] = depth_model.config
     overrides = config_overrides(arguments, SpatialVLAConfig, given)
+    if depth_model is not None:  # it shall see pictures as large as those that it was trained on
+        overrides.setdefault("zoe_image_size", depth_model.config.backbone_config.image_size)
     preset = SpatialVLAConfig.from_preset(arguments.preset)
     text_config = overrides.get("text_config") or preset.text_config.to_dict()
     overrides["text_config"] = text_config | {"vocab_size": preset.action_token_begin_idx + tokenizer.vocab_size}
@@ -125,6 +127,13 @@ def _pretrained(arguments: ModelArguments, facts: DataFacts):
         actions = _normalized(facts, dictionaries, "actions")
         tokenizer = _fit_grid(actions, arguments.grid or GridArguments(), source.num_bins, source.use_spherical)
         model.adapt_spatial_embeddings(source, tokenizer)
+    if arguments.decoding is not None:
+        if arguments.decoding != "discrete_diffusion" or model.config.decoding == arguments.decoding:
+            raise ValueError(
+                "A checkpoint that generates token by token can learn model.decoding 'discrete_diffusion', came "
+                f"{arguments.decoding!r} for one of {model.config.decoding!r}: leave it out, or name another."
+            )
+        model.diffuse_actions()
     dictionaries["action_config"]["tokenizer"] = tokenizer.to_dict() | {"type": tokenizer.type}
     processor = type(pretrained)(pretrained.image_processor, pretrained.tokenizer, **dictionaries)
     for name in SHARED:
@@ -132,6 +141,7 @@ def _pretrained(arguments: ModelArguments, facts: DataFacts):
         if arguments.lora is not None and wanted != own:
             raise ValueError(f"An adapter shares its checkpoint's config: expected data.{name} {own}, came {wanted}.")
         setattr(model.config, name, wanted)
+    model.config.validate_architecture()  # fewer actions may have fewer tokens than discrete diffusion has passes
     if model.config.use_spatial_token:
         model.get_input_embeddings().requires_grad_(False)
     return model, processor
