@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ from typer.testing import CliRunner
 
 from hf_vla.cli.eval import parse_cameras
 from hf_vla.cli.main import app
+from hf_vla.evaluation import probes
 
 runner = CliRunner()
 
@@ -79,3 +81,38 @@ def test_reads_cameras():
     for values in (["front"], ["=corner"], ["front="], ["front=a", "front=b"]):
         with pytest.raises(Exception, match="Expected ROLE=NAME"):
             parse_cameras(values)
+
+
+def test_compares_with_recorded_actions(point, checkpoint, demos, tmp_path, monkeypatch):
+    monkeypatch.setattr(probes, "probe_dataset", partial(probes.probe_dataset, frames=3))
+    recorded = demos.parent / "metaworld_demos"
+    common = ("--model", checkpoint, "--open-loop", recorded, "--device", "cpu", "--num-inference-steps", 2)
+    done = invoke(*common, "--out", tmp_path / "alone")
+    assert done.exit_code == 0 and "Variance explained" in done.output, done.output
+    result = json.loads((tmp_path / "alone" / "open_loop.json").read_text())
+    assert result["dimensions"] == ["x", "y", "z", "gripper"] and len(result["rmse"]) == 4
+    assert [file.name for file in (tmp_path / "alone").iterdir()] == ["open_loop.json"]
+    words = ("--env", "point", "--tasks", "one", "--episodes", 1, "--horizon", 2, "--processes", 1)
+    done = invoke(*common, "--out", tmp_path, *words)
+    assert done.exit_code == 0, done.output
+    assert "Open loop" in (tmp_path / "report.md").read_text() and (tmp_path / "open_loop.json").exists()
+    done = invoke(*common, "--tasks", "one")
+    assert done.exit_code == 2 and "Missing --env" in done.output
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [("missing", "pip install 'hf-vla[sim]'"), ("assets", "The point's assets")]
+)
+def test_says_how_to_get_a_simulator(point, checkpoint, tmp_path, monkeypatch, fault, said):
+    monkeypatch.setenv("POINT_FAULT", f"{fault} - -1 -1 -")
+    done = invoke("--model", checkpoint, "--env", "point", "--tasks", "one", "--out", tmp_path, "--device", "cpu")
+    assert done.exit_code == 1 and said in done.output and "Traceback" not in done.output
+
+
+def test_ctrl_c_says_how_to_go_on(point, checkpoint, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_vla.evaluation.rollout._Rollout.run", interrupt)
+    done = invoke("--model", checkpoint, "--env", "point", "--tasks", "one", "--out", tmp_path, "--device", "cpu")
+    assert done.exit_code != 0 and "the same command goes on" in done.output

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,14 @@ import numpy as np
 from hf_vla.actions.spec import ActionSpec, CameraSpec, GripperSpec, StateSpec
 from hf_vla.evaluation.envs.base import SimulatedTask, check_known
 
-FAULT = "POINT_FAULT"  # "kill", "hang" or "raise", a task, a seed, a step, and a file that is there once it happened
-PIDS = "POINT_PIDS"  # folder in which every process leaves a file of its number
+# "kill", "hang" or "raise", a task, a seed, a step, and a file that is there once it happened; "missing" or "assets"
+FAULT = "POINT_FAULT"
+MIRRORED = "POINT_MIRRORED"  # its gripper is 1 open and 0 closed, and does the same as the other
+PIDS = "POINT_PIDS"  # folder in which every process leaves a file of its number, with a dot for every environment
 
 
 class PointTask(SimulatedTask):
-    name = "point"
+    name, robot = "point", "finger"
     default_cameras = {"corner4": (48, 48)}
     horizon = 10
     names = ("x", "y", "z", "gripper")
@@ -29,23 +32,33 @@ class PointTask(SimulatedTask):
     def _make(self):
         for camera in self.sizes:
             check_known("camera of this scene", camera, ("corner4", "top"))
+        if os.environ.get(MIRRORED):
+            self.action_spec = replace(self.action_spec, gripper=GripperSpec(3, 1.0, 0.0))
+        match os.environ.get(FAULT, "").split():
+            case ["missing", *_]:
+                import swampland  # noqa: F401
+            case ["assets", *_]:
+                raise FileNotFoundError("The point's assets are not installed.")
         self.instruction = f"Go to the {self.task}"
         matrix = ((41.6, 0.0, 24.0), (0.0, 41.6, 24.0), (0.0, 0.0, 1.0))
         self.camera_specs = {name: CameraSpec(name, *size, matrix) for name, size in self.sizes.items()}
         if folder := os.environ.get(PIDS):
-            (Path(folder) / str(os.getpid())).touch()
+            with (Path(folder) / str(os.getpid())).open("a") as file:
+                file.write(".")
 
     def _restart(self, seed):
         self.position = np.random.default_rng(seed).uniform(-0.5, 0.5, 4)
 
     def _advance(self, action):
+        if os.environ.get(MIRRORED):
+            action = np.append(action[:3], 1 - 2 * action[3])
         kind, task, seed, step, file = os.environ.get(FAULT, "- - -1 -1 -").split()
         if (task, int(seed), int(step)) == (self.task, self.seed, self.episode_length) and not Path(file).exists():
-            if kind != "always":
+            if kind not in ("always", "raises"):
                 Path(file).touch()
             if kind == "hang":
                 time.sleep(1000)
-            if kind == "raise":
+            if kind in ("raise", "raises"):
                 raise RuntimeError("the point is lost")
             os.kill(os.getpid(), signal.SIGKILL)
         self.position = np.clip(self.position + 0.2 * action, -1, 1)

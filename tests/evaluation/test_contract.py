@@ -6,7 +6,8 @@ import pytest
 
 from hf_vla.actions.codec import ActionCodec
 from hf_vla.actions.spec import ActionSpec, CameraSpec, GripperSpec, StateSpec
-from hf_vla.evaluation.contract import check_contract, plan_cameras
+from hf_vla.data.oxe import oxe_dataset
+from hf_vla.evaluation.contract import check_contract, convert_gripper, ends_differ, plan_cameras
 
 ACTION = ActionSpec(
     ("x", "y", "z", "gripper"), "delta_ee", frame="world", control_hz=80.0, gripper=GripperSpec(3, -1, 1)
@@ -41,6 +42,7 @@ def test_what_is_alike_passes():
     [
         policy(action=replace(ACTION, control_hz=None)),
         policy(action=replace(ACTION, frame=None), state=replace(STATE, frame=None)),
+        policy(action=replace(ACTION, gripper=GripperSpec(3, 1, -1))),
         policy(action=None, state=None),
         policy(state=StateSpec(("a",)), takes_state=False),
         policy(cameras=()),
@@ -58,7 +60,8 @@ def test_what_a_checkpoint_leaves_open_is_no_difference(own):
     [
         (policy(action=replace(ACTION, control_hz=20.0)), "control_hz: the checkpoint 20.0, metaworld 80.0"),
         (policy(action=replace(ACTION, frame="base")), "frame: the checkpoint 'base', metaworld 'world'"),
-        (policy(action=replace(ACTION, gripper=GripperSpec(3, 1, -1))), "gripper: the checkpoint GripperSpec"),
+        (policy(action=replace(ACTION, gripper=GripperSpec(2, -1, 1))), "gripper: the checkpoint GripperSpec"),
+        (policy(action=replace(ACTION, gripper=None)), "gripper: the checkpoint None"),
         (policy(action=replace(ACTION, kind="joint")), "kind: the checkpoint 'joint', metaworld 'delta_ee'"),
         (policy(action=None, action_dim=7), "ActionSpec: the checkpoint, .* has 7 dimensions, metaworld has 4"),
         (policy(state=StateSpec(("x", "y"), frame="world")), r"StateSpec of the checkpoint .* names: the checkpoint"),
@@ -112,3 +115,28 @@ def test_a_mapping_that_fits_no_camera():
     two = policy(cameras=(CAMERA, CameraSpec("wrist", 64, 64)))
     with pytest.raises(ValueError, match="are 'corner4', which has one size only"):
         plan_cameras(two, SIMULATOR, {"wrist": "corner4"})
+
+
+def test_a_gripper_opens_in_the_other_robots_numbers():
+    other = replace(ACTION, gripper=GripperSpec(3, open=0.04, closed=0.0))
+    actions = np.array([[[0.5, 0.1, -0.2, -1.0], [0.5, 0.1, -0.2, 1.0], [0.5, 0.1, -0.2, 0.0]]], np.float32)
+    before = actions.copy()
+    converted = convert_gripper(actions, ACTION, other)
+    np.testing.assert_allclose(converted[0, :, 3], [0.04, 0.0, 0.02], atol=1e-8)
+    assert np.array_equal(converted[..., :3], before[..., :3]) and converted.dtype == np.float32
+    assert np.array_equal(actions, before), "what came was changed"
+    np.testing.assert_allclose(convert_gripper(converted, other, ACTION), before, atol=1e-6)
+    for own in (ACTION, None, replace(ACTION, gripper=None)):
+        assert convert_gripper(actions, own, ACTION) is actions
+
+
+def test_a_policy_of_bridge_drives_simplers_arm():
+    pytest.importorskip("gymnasium")
+    from hf_vla.evaluation.envs.simpler import SimplerTask
+
+    bridge, arm = oxe_dataset("bridge_orig").rlds_action, SimplerTask.action_spec
+    own = policy(action=bridge, state=None, action_dim=7, takes_state=False)
+    check_contract(own, plan_cameras(own, SIMULATOR), arm, STATE, SEEN, "simpler")
+    assert ends_differ(bridge, arm)
+    grip = convert_gripper(np.array([[0.0] * 6 + [1.0], [0.0] * 6 + [0.0]]), bridge, arm)[:, 6]
+    assert grip.tolist() == [1.0, -1.0]

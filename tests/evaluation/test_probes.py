@@ -2,6 +2,7 @@
 
 import copy
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -155,6 +156,19 @@ class Constant(Policy):
 def test_a_policy_that_never_varies_has_no_relative_change(episodes):
     result = probe_dataset(policy_of(Constant), episodes, frames=30)
     assert {change["relative"] for change in result["changes"].values()} == {None}
+
+
+class Dice(Policy):
+    """Throws dice for every picture, higher ones for later actions."""
+
+    def predict_chunk(self, observation, reasoning=None):
+        rng = np.random.default_rng(zlib.crc32(observation["observation.images.corner4"].tobytes()))
+        return rng.standard_normal((4, 4)) * [[0.01], [0.1], [1.0], [3.0]]
+
+
+def test_a_prediction_for_another_frame_is_the_root_of_two_spreads_away(episodes):
+    changes = probe_dataset(policy_of(Dice), episodes, frames=60)["changes"]
+    assert changes["noise"]["relative"] == pytest.approx(np.sqrt(2), rel=0.1)
 
 
 class Replay(Policy):

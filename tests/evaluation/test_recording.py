@@ -110,6 +110,8 @@ def test_only_successes_are_kept_and_failures_counted(plan, recorded):
 @EVERYWHERE
 def test_the_log_says_what_was_asked_for(plan, recorded):
     log = json.loads((recorded / LOG).read_text())
+    info = json.loads((recorded / "meta" / "info.json").read_text())
+    assert info["robot_type"] == plan.make(plan.tasks[0]).robot != plan.env
     assert log["plan"]["env"] == plan.env and log["plan"]["tasks"] == list(plan.tasks)
     assert {name: tuple(size) for name, size in log["plan"]["cameras"].items()} == plan.make(plan.tasks[0]).sizes
     assert (log["plan"]["first_seed"], log["plan"]["noise"]) == (FIRST, plan.noise)

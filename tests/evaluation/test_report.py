@@ -10,6 +10,7 @@ from PIL import Image
 from hf_vla.evaluation.comparison import compare
 from hf_vla.evaluation.intervals import compare_pairs, mean_over_tasks, paired_difference, wilson
 from hf_vla.evaluation.model_card import add_to_model_card
+from hf_vla.evaluation.plots import plot_success
 from hf_vla.evaluation.records import EpisodeRecord, RecordWriter
 from hf_vla.evaluation.report import write_report
 
@@ -125,6 +126,10 @@ def test_probes_stand_beside_the_score(write):
     assert "real" not in text and "Success without looking (every picture black" in text
     assert "23.3 %. The policy looks." in text
     assert "does not show that the policy listens" in text and "difference: door-open-v3, seed 9." in text
+    assert "| Solved, by task | none | `blank` | `swap` |" in text
+    assert "| `push-v3` | 4 of 10 | 0 of 10 | 4 of 10 |" in text and "| 7 of 10 | 7 of 10 | 7 of 9 |" in text
+    one_task = [each for each in [*score(), *blank] if each.task == "reach-v3"]
+    assert "Solved, by task" not in report_of(write(one_task, "one", tasks=TASKS[:1]))[1]
 
 
 def test_a_probe_that_helps_is_told(write):
@@ -154,6 +159,17 @@ def test_the_picture_shows_every_task(write):
     write_report(folder)
     with Image.open(folder / "report.png") as picture:
         assert picture.width == few[0] and picture.height - few[1] == pytest.approx(47 * 0.24 * 120, abs=2)
+
+
+def test_long_names_leave_room_for_the_bars(write):
+    name = "LIVING_ROOM_SCENE5_" + "put_the_mug_on_the_left_plate_and_" * 2 + "the_pudding_on_the_right"
+    names = [f"{name}_{number}" for number in range(3)]
+    report, _ = report_of(write([record(task, 0, True) for task in names], "libero", tasks=names, episodes=1))
+    figure = plot_success(report, "libero")
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    assert axis.get_position().width * figure.get_figwidth() > 3  # inches
+    assert axis.get_yticklabels()[0].get_text() == f"{names[0]}  1/1"
 
 
 def test_nothing_to_report(write):

@@ -94,7 +94,7 @@ def test_what_is_recorded_is_not_run_again(tiny, run, tmp_path, results):
     assert file.read_text().splitlines(keepends=True)[:2] == lines[:2] and len(reported) == 6
     before = file.read_bytes()
     assert results(run(tiny, episodes=3)) == results(expected) and file.read_bytes() == before
-    with pytest.raises(ValueError, match="another protocol; it differs in episodes: then 3, now 4; command"):
+    with pytest.raises(ValueError, match="another protocol; it differs in episodes: then 3, now 4\\. Give"):
         run(tiny, episodes=4)
 
 
@@ -109,6 +109,20 @@ def test_a_crash_or_a_hanging_is_noted_and_changes_nothing_else(
     assert (tmp_path / "happened").exists() and results(records) == results(expected)
     restarts = {(each.task, each.seed): each.restarts for each in records}
     assert restarts[task, seed] == 1 and sum(restarts.values()) <= 2
+
+
+def test_an_environment_that_raises_is_made_anew(tiny, run, point, tmp_path, monkeypatch, results):
+    expected = run(tiny, "whole")
+    task, seed = next((each.task, each.seed) for each in expected if each.steps > 4)
+    monkeypatch.setenv(point.FAULT, f"raise {task} {seed} 4 {tmp_path / 'happened'}")
+    records = run(tiny, envs=2)
+    assert results(records) == results(expected)
+    assert {(each.task, each.seed): each.restarts for each in records if each.restarts} == {(task, seed): 1}
+    monkeypatch.setenv(point.FAULT, f"raises right 1 0 {tmp_path / 'never'}")
+    with pytest.raises(
+        ChildProcessError, match=r"(?s)right, seed 1, cannot .*3 times.*RuntimeError: the point is los"
+    ):
+        run(tiny, "always")
 
 
 def test_three_crashes_over_one_episode_are_enough(tiny, run, point, monkeypatch, tmp_path):
@@ -152,6 +166,56 @@ def test_the_first_episodes_are_filmed(tiny, run, tmp_path, results):
         assert image.format == "GIF" and image.n_frames == wanted[0].steps + 1 and image.info["duration"] == 50
 
 
+def test_films_can_be_made_later(tiny, run, tmp_path, results):
+    records = run(tiny)
+    before = (tmp_path / "out" / EPISODES).read_bytes()
+    reported = []
+    assert results(run(tiny, report={"videos": 1, "on_episode": reported.append})) == results(records)
+    files = sorted((tmp_path / "out" / "videos").iterdir())
+    assert [file.name.split("_")[0] for file in files] == ["left", "right"] and len(reported) == len(records)
+    assert (tmp_path / "out" / EPISODES).read_bytes() == before
+    times = [file.stat().st_mtime_ns for file in files]
+    run(tiny, report={"videos": 1})
+    assert [file.stat().st_mtime_ns for file in files] == times
+
+
+@pytest.mark.parametrize("fault", ["kill", "always"])
+def test_a_film_begins_anew_with_its_episode(tiny, run, point, tmp_path, monkeypatch, fault):
+    import av
+
+    monkeypatch.setenv(point.FAULT, f"{fault} left 0 3 {tmp_path / 'happened'}")
+    if fault == "always":
+        with pytest.raises(ChildProcessError, match="3 times"):
+            run(tiny, selection="one", report={"videos": 1}, policy_options={"n_action_steps": 2})
+        assert not [*(tmp_path / "out" / "videos").iterdir()]
+        return
+    record = run(tiny, selection="one", report={"videos": 1}, policy_options={"n_action_steps": 2})[0]
+    (file,) = (tmp_path / "out" / "videos").iterdir()
+    with av.open(str(file)) as container:
+        assert record.restarts == 1 and sum(1 for _ in container.decode(video=0)) == record.steps + 1
+
+
+def test_a_gripper_of_other_numbers_is_converted(tiny, run, point, monkeypatch, tmp_path, results):
+    own = run(tiny)
+    monkeypatch.setenv(point.MIRRORED, "1")
+    assert results(run(tiny, "mirrored")) == results(own)
+    _, protocol = read_records(tmp_path / "mirrored")
+    sides = {"checkpoint": {"open": -1.0, "closed": 1.0}, "simulator": {"open": 1.0, "closed": 0.0}}
+    assert protocol["gripper_converted"] == sides
+    assert "gripper_converted" not in read_records(tmp_path / "out")[1]
+
+
+def test_a_model_gone_astray_is_named_with_its_episode(sawyer, run):
+    import torch
+
+    system = sawyer("tinyvla")
+    with torch.no_grad():
+        for parameter in system[0].parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"No prediction for left \(seed 0, step 0\).*(NaN|finite)"):
+        run(system)
+
+
 def test_a_checkpoint_of_another_robot_does_not_move(tiny, run, tmp_path):
     with pytest.raises(
         ValueError, match=r"(?s)not for point:\n- Camera 'corner4': No camera of this scene.*'topview'"
@@ -178,6 +242,22 @@ def test_the_protocol_says_what_decides_the_results(tiny, run, tmp_path):
                 run(system, selection="one", episodes=1, seed=4, policy_options={"n_action_steps": 2})
         finally:
             parameter.flatten()[0] = before
+
+
+def test_a_checkpoint_is_what_it_holds_not_what_it_is_called(tiny, run, tmp_path):
+    from copy import deepcopy
+
+    run(tiny, selection="one", episodes=1)
+    before = (tmp_path / "out" / EPISODES).read_bytes()
+    plan = EvaluationPlan("point", "left", 1, horizon=7, batch_size=2)
+    evaluate(*tiny, plan, tmp_path / "out", "elsewhere/tiny")
+    assert (tmp_path / "out" / EPISODES).read_bytes() == before
+    model, processor = tiny[0], deepcopy(tiny[1])
+    (key,) = processor.statistics
+    values = next(values for values in processor.statistics[key]["action"].values() if isinstance(values, list))
+    values[0] += 0.01
+    with pytest.raises(ValueError, match="differs in config_sha256"):
+        evaluate(model, processor, plan, tmp_path / "out", "tiny")
 
 
 @pytest.mark.parametrize("options", [{"episodes": 0}, {"horizon": 0}, {"seed": -1}, {"rendering": "nice"}])

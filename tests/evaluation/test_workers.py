@@ -1,4 +1,5 @@
 import os
+import re
 import time
 
 import numpy as np
@@ -108,20 +109,32 @@ def test_a_process_that_dies_or_hangs_is_replaced(make, point, monkeypatch, tmp_
         assert isinstance(only(workers)[1], Begun) and only(workers)[1].steps == 6
 
 
-def test_what_an_environment_raises_comes_with_its_traceback(make, point, monkeypatch, tmp_path):
+def test_an_environment_that_raises_is_lost_alone(make, point, monkeypatch, tmp_path):
     monkeypatch.setenv(point.FAULT, f"raise left 3 0 {tmp_path / 'happened'}")
-    with make() as workers:
-        workers.begin(0, "left", 3)
-        only(workers)
+    monkeypatch.setenv(point.PIDS, str(tmp_path))
+    with make(envs=2) as workers:
+        for env, seed in ((0, 3), (1, 4)):
+            workers.begin(env, "left", seed)
+            only(workers)
         workers.advance(0, FORWARD)
-        with pytest.raises(ChildProcessError, match=r"(?s)Traceback.*in _advance.*RuntimeError: the point is lost"):
-            workers.wait()
-    with (
-        make() as workers,
-        pytest.raises(ChildProcessError, match=r"(?s)at begin of \('up', 0\).*No point task is called"),
-    ):
-        workers.begin(0, "up", 0)
-        workers.wait()
+        env, lost = only(workers)
+        assert env == 0 and lost.guilty
+        assert re.search(r"(?s)Traceback.*in _advance.*RuntimeError: the point is lost", lost.why)
+        workers.advance(1, FORWARD)
+        assert only(workers)[1].steps == 3
+        workers.begin(0, "left", 3)
+        assert only(workers)[1].instruction == "Go to the left"
+    (file,) = [file for file in tmp_path.iterdir() if file.name.isdecimal()]
+    assert file.read_text() == "...", "one process, and one environment of the two made anew"
+
+
+def test_a_simulator_that_is_not_installed_says_so_itself(make, point, monkeypatch):
+    monkeypatch.setenv(point.FAULT, "missing - -1 -1 -")
+    with make() as workers, pytest.raises(ImportError, match="^The simulator 'point' needs swampland: `pip install"):
+        workers.describe("left")
+    monkeypatch.setenv(point.FAULT, "assets - -1 -1 -")
+    with make() as workers, pytest.raises(FileNotFoundError, match="^The point's assets"):
+        workers.describe("left")
 
 
 def test_a_task_can_be_looked_at(make):

@@ -13,7 +13,7 @@ def evaluate(
     episodes: Annotated[int, typer.Option(help="Of every task.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Folder of the results; what is there is not run again.")] = None,
     processes: Annotated[
-        int | None, typer.Option(help="In which simulators run; default: as many as there are cores.")
+        int | None, typer.Option(min=1, help="In which simulators run; default: as many as there are cores.")
     ] = None,
     envs: Annotated[
         int | None, typer.Option(help="Episodes simulated at a time; default: two batches, or two for each process.")
@@ -48,6 +48,10 @@ def evaluate(
     ] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: the accelerator.")] = None,
     horizon: Annotated[int | None, typer.Option(help="Control steps of an episode; default: the simulator's.")] = None,
+    open_loop: Annotated[
+        str | None,
+        typer.Option(metavar="DATASET", help="Compare with recorded actions, too; without --env, nothing else."),
+    ] = None,
     card: Annotated[bool, typer.Option("--card", help="Put the results into the checkpoint's README.md.")] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
@@ -63,7 +67,7 @@ def evaluate(
 
         console.print(compare_folders(*compare)[0], soft_wrap=True, markup=False, highlight=False)
         return
-    given = {"--model": model, "--env": env, "--tasks": tasks}
+    given = {"--model": model} | ({"--env": env, "--tasks": tasks} if env or tasks or not open_loop else {})
     if missing := [name for name, value in given.items() if value is None]:
         raise typer.BadParameter(f"Missing {', '.join(missing)}; or compare two folders with --compare A B.")
 
@@ -88,30 +92,57 @@ def evaluate(
         "max_reasoning_tokens": max_reasoning_tokens,
     }
     options = {name: value for name, value in options.items() if value is not None}
+    if env is None:
+        folder = out or Path("outputs") / "eval" / f"{Path(model).name}-open-loop"
+        compare_open_loop(Policy.from_pretrained(model, device=device, **options), open_loop, folder, console)
+        return
     plan = EvaluationPlan(
         env, tasks, episodes, seed, horizon, rendering, parse_cameras(camera or []), options, batch_size
     )
     folder = out or Path("outputs") / "eval" / f"{Path(model).name}-{env}-{tasks.replace(',', '-')}"
-    policy = Policy.from_pretrained(model, device=device, unnorm_key=unnorm_key)
+    policy = Policy.from_pretrained(model, device=device, **options)
     for name in [NO_PROBE, *(probe or [])]:
-        with Progress(console, plan, name) as progress:
-            records = run(
-                policy.model,
-                policy.processor,
-                plan,
-                folder,
-                model,
-                processes=processes or os.cpu_count(),
-                envs=envs,
-                probe=name,
-                videos=videos,
-                video_suffix=".gif" if gif else ".mp4",
-                on_episode=progress.add,
-            )
+        try:
+            with Progress(console, plan, name) as progress:
+                records = run(
+                    policy.model,
+                    policy.processor,
+                    plan,
+                    folder,
+                    model,
+                    processes=processes or os.cpu_count(),
+                    envs=envs,
+                    probe=name,
+                    videos=videos,
+                    video_suffix=".gif" if gif else ".mp4",
+                    on_episode=progress.add,
+                )
+        except KeyboardInterrupt:
+            console.print(f"Interrupted; the same command goes on with {folder}.", markup=False, highlight=False)
+            raise
         console.print(success_table(records, name))
+    if open_loop:
+        compare_open_loop(policy, open_loop, folder, console)
     console.print(f"Wrote {write_report(folder)}", highlight=False)
     if card:
         console.print(f"Wrote {add_to_model_card(model, folder)}", highlight=False)
+
+
+def compare_open_loop(policy, dataset, folder, console):
+    """Compare a policy's predictions with a dataset's actions; the result goes where the report finds it."""
+    import json
+
+    from hf_vla.data.lerobot import LeRobotEpisodes
+    from hf_vla.evaluation.probes import probe_dataset
+    from hf_vla.evaluation.records import write_whole
+    from hf_vla.evaluation.report import OPEN_LOOP, open_loop_section
+
+    chunk = range(policy.processor.action_codec.chunk_size)
+    result = probe_dataset(policy, LeRobotEpisodes(dataset, delta_indices={"action": chunk}))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / OPEN_LOOP, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    console.print(open_loop_section(result), soft_wrap=True, markup=False, highlight=False)
+    console.print(f"Wrote {folder / OPEN_LOOP}", markup=False, highlight=False)
 
 
 def parse_cameras(values):

@@ -1,4 +1,7 @@
-"""Whether a checkpoint fits a simulated robot: asked before the first step, answered with every difference at once."""
+"""Whether a checkpoint fits a simulated robot: asked before the first step, answered with every difference at once.
+
+One difference is none: what the two ends of the gripper are called. Both sides say it, and actions are converted.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -77,7 +80,9 @@ def check_contract(
     name: str = "the simulator",
     refused: str = "",
 ) -> None:
-    """Compare what a checkpoint declares with a simulated robot; a `control_hz` or frame that it leaves out fits any.
+    """Compare what a checkpoint declares with a simulated robot.
+
+    A `control_hz` or frame that it leaves out fits any, and so do the gripper's ends: see [`convert_gripper`].
 
     Args:
         policy ([`~hf_vla.policy.Policy`]): of the checkpoint.
@@ -101,6 +106,35 @@ def check_contract(
         raise ValueError(f"This checkpoint is not for {name}:\n" + "\n".join(f"- {each}" for each in wrong))
 
 
+def convert_gripper(actions: np.ndarray, own: ActionSpec | None, other: ActionSpec) -> np.ndarray:
+    """Say in another robot's numbers how far the gripper is to open.
+
+    Bridge, for example, has 1 for open and 0 for closed, SimplerEnv 1 and -1: x becomes 2x - 1. Nothing is lost, and
+    what is half open stays so.
+
+    Args:
+        actions (`np.ndarray` of shape `(..., action_dim)`): robot units.
+        own (`ActionSpec`, *optional*): whose actions they are; None where nobody knows, and they stay as they are.
+        other (`ActionSpec`): whose they are to be.
+
+    Returns:
+        `np.ndarray` of shape `(..., action_dim)`: of the same dtype; what came where the ends are the same.
+    """
+    if not ends_differ(own, other):
+        return actions
+    ours, theirs, actions = own.gripper, other.gripper, actions.copy()
+    opening = (actions[..., ours.index] - ours.closed) / (ours.open - ours.closed)
+    actions[..., ours.index] = theirs.closed + opening * (theirs.open - theirs.closed)
+    return actions
+
+
+def ends_differ(own: ActionSpec | None, other: ActionSpec) -> bool:
+    """Whether two robots have the same gripper dimension with other numbers for open and closed."""
+    if own is None or None in (own.gripper, other.gripper) or own.gripper.index != other.gripper.index:
+        return False
+    return own.gripper != other.gripper
+
+
 def _spec_errors(own, other, count, name):
     if own is None:
         if count != len(other.names):
@@ -110,9 +144,11 @@ def _spec_errors(own, other, count, name):
                 f"{list(other.names)}. Use a checkpoint made for this robot."
             )
         return
-    open_fields = [field for field in ("control_hz", "frame") if getattr(own, field, ...) is None]
+    fitting = {field: None for field in ("control_hz", "frame") if getattr(own, field, ...) is None}
+    if isinstance(own, ActionSpec) and ends_differ(own, other):
+        fitting["gripper"] = own.gripper
     try:
-        own.check(replace(other, **dict.fromkeys(open_fields)), "the checkpoint", name)
+        own.check(replace(other, **fitting), "the checkpoint", name)
     except ValueError as error:
         yield str(error)
 

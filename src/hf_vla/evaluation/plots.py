@@ -10,6 +10,8 @@ TASK, MEAN, PROBE = "tab:blue", "tab:orange", "tab:gray"
 def plot_success(report, title):
     """Draw success by task, best first, with its mean over tasks, and success of all episodes under each probe.
 
+    Behind a name stands how many episodes were solved, of how many.
+
     Args:
         report (`dict`): see [`~hf_vla.evaluation.report.summarize`].
         title (`str`): shown above.
@@ -18,12 +20,16 @@ def plot_success(report, title):
         `matplotlib.figure.Figure`: horizontal bars with 95 % intervals.
     """
     tasks = sorted(report["tasks"].items(), key=lambda task: -task[1]["success"]["estimate"])
-    bars = [(name, task["success"], TASK) for name, task in tasks]
+    bars = [(name, task, task["success"], TASK) for name, task in tasks]
     if len(tasks) > 1:
-        bars.append(("mean over tasks", report["overall"]["mean_over_tasks"], MEAN))
-    bars += [(f"probe {name}, all episodes", probe["success"], PROBE) for name, probe in report["probes"].items()]
-    names, rates, colors = zip(*bars, strict=True)
-    figure = Figure(figsize=(7.0, 1.2 + 0.24 * len(bars)), layout="constrained")
+        bars.append(("mean over tasks", report["overall"], report["overall"]["mean_over_tasks"], MEAN))
+    bars += [
+        (f"probe {name}, all episodes", probe, probe["success"], PROBE) for name, probe in report["probes"].items()
+    ]
+    names, counts, rates, colors = zip(*bars, strict=True)
+    names = [f"{name}  {count['successes']}/{count['episodes']}" for name, count in zip(names, counts, strict=True)]
+    width = max(7.0, 4.5 + 0.07 * max(map(len, names)))  # inches; LIBERO's names have a hundred letters
+    figure = Figure(figsize=(width, 1.2 + 0.24 * len(bars)), layout="constrained")
     axis = figure.subplots()
     values = [100 * rate["estimate"] for rate in rates]
     below = [100 * (rate["estimate"] - rate["low"]) for rate in rates]

@@ -152,7 +152,7 @@ def probe_dataset(policy: Policy, episodes: LeRobotEpisodes, frames: int = 100) 
             probed = [PROBES[name](_observation(episodes, item), _context(item, instructions)) for item in history]
             changed[name].append(_predict(policy, probed))
     predicted, recorded, real = np.stack(predicted), np.concatenate(recorded), np.concatenate(masks)
-    spread = predicted.std(axis=0).mean(axis=0)
+    spread = np.sqrt(predicted.var(axis=0).mean(axis=0))
     return {
         "dataset": str(episodes.name),
         "episodes": episodes.num_episodes,

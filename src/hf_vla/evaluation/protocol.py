@@ -1,6 +1,7 @@
 """Everything that decides an evaluation's results, so that another person can repeat it."""
 
 import hashlib
+import json
 import os
 import platform
 import shlex
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_vla.evaluation.contract import CameraPlan
+from hf_vla.evaluation.contract import CameraPlan, ends_differ
 from hf_vla.evaluation.envs.base import RENDERINGS
 from hf_vla.evaluation.envs.registry import simulator
 from hf_vla.evaluation.workers import Begun
@@ -101,10 +102,12 @@ def describe(plan: EvaluationPlan, policy: Policy, checkpoint: str, cameras: Cam
         "n_action_steps": policy.n_action_steps,
         **{name: value for name, value in plan.policy_options.items() if name not in ("n_action_steps", "unnorm_key")},
         "unnorm_key": policy.unnorm_key,
+        **_gripper(policy.action_spec, robot.action_spec),
         "preprocessing": _preprocessing(policy.processor),
         "batch_size": plan.batch_size,
         "checkpoint": checkpoint,
         "weights_sha256": weights_sha256(policy.model),
+        "config_sha256": config_sha256(policy.model, policy.processor),
         "dtype": str(policy.model.dtype).removeprefix("torch."),
         "device": _device(policy.model.device),
         "machine": f"{_processor()}, {platform.system()}, Python {platform.python_version()}",
@@ -120,6 +123,30 @@ def weights_sha256(model: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def config_sha256(model, processor) -> str:
+    """SHA-256 of everything else in a checkpoint: the model's configuration, and the processor's with its statistics.
+
+    Where it was loaded from, and the transformers that wrote it, are left out.
+    """
+    said = {"model": model.config.to_dict(), "processor": processor.to_dict()}
+    return hashlib.sha256(json.dumps(_lasting(said), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _lasting(value):
+    if isinstance(value, dict):
+        passing = ("_name_or_path", "transformers_version")
+        return {str(name): _lasting(each) for name, each in value.items() if name not in passing}
+    return [_lasting(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _gripper(own, other):
+    """Both sides' numbers for open and closed where actions are converted."""
+    if not ends_differ(own, other):
+        return {}
+    sides = {"checkpoint": own.gripper, "simulator": other.gripper}
+    return {"gripper_converted": {side: {"open": each.open, "closed": each.closed} for side, each in sides.items()}}
 
 
 def _preprocessing(processor):

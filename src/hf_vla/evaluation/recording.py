@@ -5,7 +5,6 @@ and however often it is interrupted, the dataset comes out the same.
 """
 
 import json
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -18,21 +17,11 @@ from hf_vla.evaluation.demonstrations import ACTION, Demonstration, Demonstrator
 from hf_vla.evaluation.envs.base import SimulatedTask
 from hf_vla.evaluation.envs.experts.registry import expert
 from hf_vla.evaluation.records import write_whole
+from hf_vla.evaluation.workers import simulator_versions
 
 LOG = "meta/recording.json"
 GIVE_UP = 20  # failures one after the other, after which a task is given up
 VIDEO_MB = 20  # of LeRobot's 200: the last video is copied with every episode
-# module -> distribution; what decides how a simulator moves and looks
-SIMULATORS = {
-    "metaworld": "metaworld",
-    "robosuite": "robosuite",
-    "libero": "hf-libero",
-    "mani_skill": "mani-skill",
-    "sapien": "sapien",
-    "mujoco": "mujoco",
-    "numpy": "numpy",
-    "hf_vla": "hf-vla",
-}
 
 
 @dataclass(frozen=True)
@@ -101,11 +90,12 @@ def record(
     try:
         expert(plan.env)  # there is one
         features, fps = _features(env), env.action_spec.control_hz
-        asked = {"plan": asdict(replace(plan, cameras=env.sizes)), "versions": _versions()}
+        versions = {name: version(name) for name in ("hf-vla", "numpy")} | simulator_versions()
+        asked = {"plan": asdict(replace(plan, cameras=env.sizes)), "versions": versions}
     finally:
         env.close()
     _check_same(root, asked)
-    with LeRobotRecorder(root, fps, features, plan.env, video_files_size_in_mb=VIDEO_MB) as recorder:
+    with LeRobotRecorder(root, fps, features, env.robot, video_files_size_in_mb=VIDEO_MB) as recorder:
         log = _Log(root, asked, recorder.num_episodes)
         before = recorder.num_frames
         on_progress(log.recorded, 0)
@@ -215,7 +205,3 @@ def _check_same(root: Path, asked: dict[str, Any]) -> None:
     if names:
         different = "; ".join(f"{name}: then {before[name]!r}, now {now[name]!r}" for name in names)
         raise ValueError(f"{root} holds a recording that differs in {different}. Choose another folder.")
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for module, name in SIMULATORS.items() if module in sys.modules}

@@ -132,10 +132,23 @@ def probe_sections(report: dict[str, Any]) -> list[str]:
         ]
         head = ("Probe", "Success, all episodes", "Episodes", "Difference, points", "p")
         sections += ["## Probes", table(head, rows), "\n".join(f"- {_reading(*each)}" for each in probes.items())]
-        sections.append("Differences are those of episodes of the same task and seed; p: exact McNemar test.")
+        sections.append(
+            "Differences are those of episodes of the same task and seed; p: exact McNemar test of each probe alone."
+        )
+        if len(report["tasks"]) > 1:
+            sections.append(_probes_by_task(report))
     if "open_loop" in report:
         sections += ["## Open loop", open_loop_section(report["open_loop"])]
     return sections
+
+
+def _probes_by_task(report):
+    columns = [report["tasks"], *(probe["tasks"] for probe in report["probes"].values())]
+    rows = [
+        [f"`{task}`", *(_solved(column[task]) if task in column else "-" for column in columns)]
+        for task in report["tasks"]
+    ]
+    return table(("Solved, by task", "none", *(f"`{name}`" for name in report["probes"])), rows)
 
 
 def open_loop_section(result: dict[str, Any]) -> str:
@@ -194,7 +207,8 @@ def _probed(score, probed):
         raise ValueError("Expected a probe to run episodes of the score, came none; let the evaluation run on.")
     test = compare_pairs(sum(outcomes.values(), []))
     paired = {**test._asdict(), "difference": test.difference._asdict(), "verdict": verdict(test)}
-    return {**_rates(probed.values()), **paired, "unpaired": unpaired}
+    tasks = {task: _rates([r for (other, _), r in probed.items() if other == task]) for task in outcomes}
+    return {**_rates(probed.values()), **paired, "tasks": tasks, "unpaired": unpaired}
 
 
 def _latency(latencies):
@@ -206,7 +220,11 @@ def _latency(latencies):
 
 def _cells(rates, success):
     steps = rates["mean_steps_of_successes"]
-    return percent(Interval(**success)), f"{rates['successes']} of {rates['episodes']}", _number(steps, ".1f")
+    return percent(Interval(**success)), _solved(rates), _number(steps, ".1f")
+
+
+def _solved(rates):
+    return f"{rates['successes']} of {rates['episodes']}"
 
 
 def _number(value, form=".3g"):

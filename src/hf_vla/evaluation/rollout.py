@@ -10,22 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from hf_vla.evaluation.contract import CameraPlan, check_contract, plan_cameras
+from hf_vla.actions.spec import ActionSpec
+from hf_vla.evaluation.contract import CameraPlan, check_contract, convert_gripper, plan_cameras
 from hf_vla.evaluation.envs.base import check_known
 from hf_vla.evaluation.envs.registry import simulator
 from hf_vla.evaluation.probes import PROBES, ProbeContext
 from hf_vla.evaluation.protocol import EvaluationPlan, describe
 from hf_vla.evaluation.records import EpisodeRecord, RecordWriter
-from hf_vla.evaluation.videos import write_video
+from hf_vla.evaluation.videos import Film
 from hf_vla.evaluation.workers import DEADLINE_S, Begun, EnvironmentWorkers, Lost, SimulatorOptions, Went
 from hf_vla.policy import TASK, Policy, predict_chunks
 
 ATTEMPTS = 3  # an environment that crashes or hangs so often over one episode will do so again
 NO_PROBE = "none"
 VIDEO_FPS = 30.0  # of a simulator that does not say how often it acts
+ENDS = ("failure", "success")
 
 
 @dataclass(eq=False)
@@ -34,15 +35,15 @@ class _Episode:
 
     task: str
     seed: int
-    film: bool
+    filmed: bool
+    film: Film | None = None
     policy: Policy | None = None
     env: int = 0
     instruction: str = ""
-    fps: float = VIDEO_FPS
+    robot: ActionSpec | None = None
     observation: dict | None = None
     steps: int = 0
     latency_ms: list[float] = field(default_factory=list)
-    pictures: list[np.ndarray] = field(default_factory=list)
     begun_at: float = 0.0
     restarts: int = 0
     faults: int = 0  # restarts for which its own environment was to blame
@@ -75,7 +76,8 @@ def evaluate(
         processes (`int`): in which simulators run.
         envs (`int`, *optional*): simulated at a time; by default two batches, or two for each process.
         probe (`str`): "none", or what is changed of every observation, see `hf_vla.evaluation.probes`.
-        videos (`int`): episodes of every task that are filmed.
+        videos (`int`): episodes of every task that are filmed; those that are recorded already are run once more for
+            it, and their records stay.
         video_suffix (`str`): ".mp4" or ".gif".
         on_episode (`Callable`, *optional*): called with every record, also those that were there.
         deadline_s (`float`): after so long without an answer, a simulator hangs.
@@ -85,13 +87,17 @@ def evaluate(
 
     Raises:
         ValueError: the checkpoint does not fit the simulator, or the folder holds another evaluation.
-        ChildProcessError: a simulator raises, or crashes or hangs three times over an episode.
+        ImportError, FileNotFoundError: the simulator or its assets are not installed.
+        ChildProcessError: a simulator raises, crashes or hangs three times over an episode.
     """
     if probe != NO_PROBE:
         check_known("probe", probe, PROBES)
     envs = 2 * max(plan.batch_size, processes) if envs is None else envs
     if min(processes, envs) < 1 or videos < 0:
-        raise ValueError(f"Expected processes and envs of 1 or more, came {processes} and {envs}.")
+        raise ValueError(
+            f"Expected processes and envs of 1 or more and videos of 0 or more, came {processes}, {envs} and {videos}."
+        )
+    envs = min(envs, len(plan.tasks) * min(plan.batch_size, plan.episodes))  # more would have nothing to do
     kind, policy = simulator(plan.env), Policy(model, processor, **plan.policy_options)
     cameras = plan_cameras(policy, kind, plan.cameras)
     options = SimulatorOptions(kind, cameras.sizes, cameras.depth, plan.rendering, plan.horizon)
@@ -107,12 +113,13 @@ def evaluate(
             if probe == "swap":
                 instructions += tuple(workers.describe(task).instruction for task in plan.tasks[1:])
             with RecordWriter(Path(folder), describe(plan, policy, checkpoint, cameras, robot)) as writer:
+                on_episode = on_episode or (lambda record: None)
                 for record in writer.records:
-                    if on_episode and record.probe == probe:
+                    if record.probe == probe:
                         on_episode(record)
-                rollout = _Rollout(model, processor, plan, workers, writer, cameras, probe, instructions)
+                rollout = _Rollout(model, processor, plan, workers, writer, cameras, probe, instructions, on_episode)
                 rollout.film(Path(folder) / "videos", videos, video_suffix)
-                rollout.run(range(envs), on_episode)
+                rollout.run(range(envs))
                 records = {(each.task, each.seed): each for each in writer.records if each.probe == probe}
     finally:
         torch.set_num_threads(threads)
@@ -132,11 +139,13 @@ class _Rollout:
         cameras: CameraPlan,
         probe: str,
         instructions: tuple[str, ...],
+        on_episode: Callable[[EpisodeRecord], None],
     ):
         self._new_policy = lambda seed: Policy(model, processor, seed=seed, **plan.policy_options)
         self._plan, self._workers, self._writer, self._cameras = plan, workers, writer, cameras
-        self._probe, self._instructions = probe, instructions
+        self._probe, self._instructions, self._on_episode = probe, instructions, on_episode
         self._active: dict[int, _Episode] = {}
+        self._done = {(each.task, each.seed) for each in writer.records if each.probe == probe}
 
     def film(self, folder: Path, videos: int, suffix: str) -> None:
         """Say which episodes are filmed: the first of every task."""
@@ -144,16 +153,32 @@ class _Rollout:
         if videos:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def run(self, envs, on_episode) -> None:
-        """Run all episodes that are not recorded."""
-        done = {(each.task, each.seed) for each in self._writer.records if each.probe == self._probe}
+    def run(self, envs) -> None:
+        """Run all episodes that are not recorded, or that a film is missing of."""
         pending = {
             task: deque(
-                _Episode(task, seed, seed in self._filmed) for seed in self._plan.seeds if (task, seed) not in done
+                _Episode(task, seed, seed in self._filmed) for seed in self._plan.seeds if self._is_due(task, seed)
             )
             for task in self._plan.tasks
         }
-        free, stands = set(envs), {}
+        try:
+            self._run(pending, set(envs))
+        finally:
+            for episode in self._active.values():
+                if episode.film is not None:
+                    episode.film.discard()
+
+    def _is_due(self, task, seed):
+        if (task, seed) not in self._done:
+            return True
+        return seed in self._filmed and not any(self._video(task, seed, end).exists() for end in ENDS)
+
+    def _video(self, task, seed, end):
+        probe = "" if self._probe == NO_PROBE else f"_{self._probe}"
+        return self._videos / f"{task}_seed{seed}{probe}_{end}{self._suffix}"
+
+    def _run(self, pending, free):
+        stands: dict[int, str] = {}
         while any(pending.values()) or self._active:
             for env in sorted(free):
                 if (task := self._choose(pending, stands.get(env))) is not None:
@@ -163,12 +188,9 @@ class _Rollout:
                     self._begin(episode)
             turn = self._turn()
             for env, answer in self._workers.wait(0 if turn else None):
-                record = self._take(env, answer) if env in self._active else None
-                if record is not None:
+                if env in self._active and self._take(env, answer):
                     del self._active[env]
                     free.add(env)
-                    if on_episode:
-                        on_episode(record)
             if turn:
                 self._predict([episode for episode in turn if episode.observation is not None])
 
@@ -184,9 +206,12 @@ class _Rollout:
 
     def _begin(self, episode):
         episode.policy = self._new_policy(episode.seed)
-        episode.observation, episode.steps, episode.latency_ms, episode.pictures = None, 0, [], []
+        episode.observation, episode.steps, episode.latency_ms = None, 0, []
+        if episode.film is not None:
+            episode.film.discard()
+            episode.film = None
         self._active[episode.env] = episode
-        self._workers.begin(episode.env, episode.task, episode.seed, episode.film)
+        self._workers.begin(episode.env, episode.task, episode.seed, episode.filmed)
 
     def _turn(self):
         """Episodes to predict for, at most a batch: a full one, or all of a task that there are."""
@@ -204,16 +229,21 @@ class _Rollout:
     def _predict(self, turn):
         started = time.perf_counter()
         policies, observations = [each.policy for each in turn], [each.observation for each in turn]
-        chunks = predict_chunks(policies, observations, batch_size=self._plan.batch_size) if turn else []
+        try:
+            chunks = predict_chunks(policies, observations, batch_size=self._plan.batch_size) if turn else []
+        except ValueError as error:
+            episodes = ", ".join(f"{each.task} (seed {each.seed}, step {each.steps})" for each in turn)
+            raise ValueError(f"No prediction for {episodes}: {error}") from error
         latency_ms = 1000 * (time.perf_counter() - started)
         for episode, chunk in zip(turn, chunks, strict=True):
             episode.latency_ms.append(latency_ms)
             episode.observation = None
-            actions, always = episode.policy.execute(chunk), episode.policy.looks_at_every_step
-            self._workers.advance(episode.env, actions, always, episode.film)
+            policy = episode.policy
+            actions = convert_gripper(policy.execute(chunk), policy.action_spec, episode.robot)
+            self._workers.advance(episode.env, actions, policy.looks_at_every_step, episode.filmed)
 
-    def _take(self, env, answer) -> EpisodeRecord | None:
-        """Go on with an episode after its environment's answer; return the record of one that is over."""
+    def _take(self, env, answer) -> bool:
+        """Go on with an episode after its environment's answer; return whether it is over."""
         episode = self._active[env]
         match answer:
             case Lost():
@@ -222,21 +252,26 @@ class _Rollout:
                 said = answer.action_spec, answer.state_spec, answer.camera_specs
                 check_contract(episode.policy, self._cameras, *said, f"{self._plan.env}'s {episode.task}")
                 episode.begun_at = time.perf_counter()
-                episode.fps = answer.action_spec.control_hz or VIDEO_FPS
-                episode.pictures += [] if answer.picture is None else [answer.picture]
+                episode.robot = answer.action_spec
+                if episode.filmed:
+                    path = self._video(episode.task, episode.seed, "unfinished")
+                    episode.film = Film(path, answer.action_spec.control_hz or VIDEO_FPS)
+                    episode.film.add(answer.picture)
                 episode.observation = self._seen(episode, answer.observation, 0)
                 episode.instruction = episode.observation[TASK]
             case Went():
                 first = episode.steps + answer.steps - len(answer.observations) + 1
                 episode.steps += answer.steps
-                episode.pictures += answer.pictures
+                for picture in answer.pictures:
+                    episode.film.add(picture)
                 if answer.done:
-                    return self._end(episode, answer.success)
+                    self._end(episode, answer.success)
+                    return True
                 seen = [self._seen(episode, each, first + place) for place, each in enumerate(answer.observations)]
                 for observation in seen[:-1]:
                     episode.policy.remember(observation)
                 episode.observation = seen[-1]
-        return None
+        return False
 
     def _repeat(self, episode, lost):
         episode.restarts += 1
@@ -268,10 +303,8 @@ class _Rollout:
             restarts=episode.restarts,
             probe=self._probe,
         )
-        if episode.film:
-            how = "success" if success else "failure"
-            probe = "" if self._probe == NO_PROBE else f"_{self._probe}"
-            name = f"{episode.task}_seed{episode.seed}{probe}_{how}{self._suffix}"
-            write_video(episode.pictures, self._videos / name, episode.fps)
-        self._writer.add(record)
-        return record
+        if episode.filmed:
+            episode.film.finish(self._video(episode.task, episode.seed, ENDS[success]))
+        if (episode.task, episode.seed) not in self._done:
+            self._writer.add(record)
+            self._on_episode(record)

@@ -101,10 +101,10 @@ class Went:
 
 @dataclass(frozen=True)
 class Lost:
-    """An environment is gone with its process, and so is its episode.
+    """An environment is gone, and so is its episode.
 
     Args:
-        why (`str`): what happened to the process.
+        why (`str`): what happened to its process, or what it raised, with the traceback.
         guilty (`bool`): whether it was this environment's turn when it happened.
     """
 
@@ -139,6 +139,7 @@ class EnvironmentWorkers:
         """Look at a task without beginning an episode; waits.
 
         Raises:
+            ImportError, FileNotFoundError: the simulator or its assets are not installed.
             ChildProcessError: the simulator raises, or its process dies or hangs.
         """
         self._of[0].ask(0, "describe", (task,))
@@ -162,7 +163,7 @@ class EnvironmentWorkers:
             `list[tuple]`: environment and answer.
 
         Raises:
-            ChildProcessError: an environment raised; the text holds its traceback.
+            ImportError, FileNotFoundError: the simulator or its assets are not installed.
         """
         end = None if timeout_s is None else time.monotonic() + timeout_s
         answers: list = []
@@ -192,7 +193,7 @@ class _Process:
     def __init__(self, options, deadline_s):
         self._options, self._deadline_s = options, deadline_s
         self._process: Any = None
-        self.asked: deque = deque()  # what is being done, and behind it what waits
+        self.asked: deque[int] = deque()  # the environment that does something, and behind it those that wait
         self._alive: set[int] = set()  # environments with an episode in this process
 
     def start(self):
@@ -207,7 +208,7 @@ class _Process:
             self.start()
         if not self.asked:
             self.deadline = time.monotonic() + self._deadline_s
-        self.asked.append((env, command, arguments))
+        self.asked.append(env)
         self._alive.add(env)
         try:
             self.pipe.send((env, command, arguments))
@@ -223,14 +224,14 @@ class _Process:
             answer = self.pipe.recv()
         except (EOFError, OSError) as error:
             return self._lose(isinstance(error, TimeoutError))
-        env, command, arguments = self.asked.popleft()
-        if isinstance(answer, str):
-            raise ChildProcessError(f"The simulator raised at {command} of {arguments[:2]}:\n{answer}")
+        env = self.asked.popleft()
+        if isinstance(answer, Exception):
+            raise answer
         self.deadline = time.monotonic() + self._deadline_s
         return [(env, answer)]
 
     def _lose(self, hung):
-        guilty, lost = self.asked[0][0], sorted(self._alive)
+        guilty, lost = self.asked[0], sorted(self._alive)
         self._process.kill()
         self._process.join()
         code = self._process.exitcode
@@ -260,8 +261,11 @@ def _work(pipe, options):
             return
         try:
             answer = COMMANDS[command](envs, options, env, *arguments)
+        except (ImportError, FileNotFoundError) as error:
+            answer = error  # something is not installed: no attempt more would help
         except Exception:
-            answer = traceback.format_exc()
+            envs.pop(env, None)  # nobody knows what state it is in
+            answer = Lost(f"it raised\n{traceback.format_exc()}", guilty=True)
         pipe.send(answer)
 
 
@@ -292,10 +296,11 @@ def _begin(envs, options, env, task, seed, film):
 
 def _begun(env, observation=None, picture=None):
     said = env.instruction, env.action_spec, env.state_spec, env.camera_specs, env.horizon
-    return Begun(*said, observation, picture, _versions())
+    return Begun(*said, observation, picture, simulator_versions())
 
 
-def _versions():
+def simulator_versions() -> dict[str, str]:
+    """Distribution -> version, of the simulators that this process has imported."""
     return {name: version(name) for module, name in SIMULATORS.items() if module in sys.modules}
 
 

@@ -5,15 +5,16 @@ import subprocess
 import sys
 import warnings
 
+import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.utils.env_checker import check_env
 
-pytest.importorskip("gymnasium")
-
-from hf_vla.evaluation.envs.base import RENDERINGS
+from hf_vla.evaluation.envs.base import FIRST_RECORDING_SEED, RENDERINGS
 from hf_vla.evaluation.envs.registry import ENVS, simulator
 
-pytestmark = pytest.mark.sim
+WITHOUT_SIMULATOR = {"two_ways"}  # needs nothing, so that this also runs by default
+NAMES = [pytest.param(name, marks=[] if name in WITHOUT_SIMULATOR else pytest.mark.sim) for name in sorted(ENVS)]
 SEED = 3
 TABLE = {
     "metaworld": 0.0,
@@ -53,7 +54,7 @@ def open_env(name, **options):
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module", params=sorted(ENVS))
+@pytest.fixture(scope="module", params=NAMES)
 def env(request):
     """The first task of every simulator, with depth."""
     env = open_env(request.param, depth=True)
@@ -61,7 +62,7 @@ def env(request):
     env.close()
 
 
-@pytest.fixture(scope="module", params=sorted(ENVS))
+@pytest.fixture(scope="module", params=NAMES)
 def watched(request):
     """The first task of every simulator, seen with depth by more cameras."""
     env = open_env(request.param, cameras=VIEWS.get(request.param), depth=True)
@@ -120,9 +121,14 @@ def test_seeds_differ(env):
     assert len({picture.tobytes() for picture in pictures}) == 4
 
 
-def test_without_a_seed_the_next_one_follows(env):
-    env.restart(SEED)
-    assert env.reset()[1]["seed"] == SEED + 1
+def test_without_a_seed_one_is_drawn_that_the_last_decides(env):
+    drawn = []
+    for seed in (SEED, SEED, SEED + 1):
+        env.restart(seed)
+        drawn.append([env.reset()[1]["seed"] for _ in range(2)])
+    assert drawn[0] == drawn[1]
+    assert len({SEED, SEED + 1, *drawn[0], *drawn[2]}) == 6, "environments side by side would repeat episodes"
+    assert max(map(max, drawn)) < FIRST_RECORDING_SEED
 
 
 def test_observations_are_what_space_and_specs_say(env):
@@ -134,7 +140,7 @@ def test_observations_are_what_space_and_specs_say(env):
     assert info["success"] is False
     assert set(env.camera_specs) == set(env.sizes)
     for name, spec in env.camera_specs.items():
-        assert (spec.width, spec.height) == env.sizes[name]
+        assert (spec.name, spec.width, spec.height, spec.depth) == (name, *env.sizes[name], True)
         assert seen[f"observation.images.{name}"].std() > 10, "the picture is empty"
         assert np.isfinite(seen[f"observation.depth.{name}"]).all()
         pose = env.camera_pose(name)
@@ -188,6 +194,25 @@ def test_unknown_names_are_refused_with_a_hint(env):
         cls(env.task, {f"{camera}x": (32, 32)})
     with pytest.raises(ValueError, match="Expected a rendering among"):
         cls(env.task, rendering="slow")
+
+
+@pytest.mark.parametrize("cameras", [{}, ["front"], {"front": 64}, {"front": (64, 0)}, {"front": (64.0, 64)}])
+def test_cameras_need_sizes(env, cameras):
+    with pytest.raises(ValueError, match="Expected (one camera or more|pixels of camera 'front')"):
+        type(env)(env.task, cameras)
+
+
+def test_an_episode_has_to_begin_before_it_goes_on():
+    env = simulator("two_ways")("reach-behind")
+    with pytest.raises(gym.error.ResetNeeded, match="call `reset`"):
+        env.step(np.zeros(4))
+
+
+def test_tasks_share_their_spaces_so_that_vectors_of_them_are_made(env):
+    other = type(env)(env.tasks()[-1], env.sizes, depth=True)
+    assert (env.observation_space, env.action_space) == (other.observation_space, other.action_space)
+    assert env.observation_space["task"].contains(other.instruction)
+    other.close()
 
 
 def test_select_takes_tasks_and_splits(env):
@@ -253,13 +278,12 @@ def test_up_is_up_in_the_pictures(watched):
 
 
 def test_gymnasium_approves(env):
-    from gymnasium.utils.env_checker import check_env
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*For Box action spaces.*")  # metres and radians need not be +-1
         warnings.filterwarnings("ignore", ".*Box observation space.*")  # a state has no natural bounds
         warnings.filterwarnings("ignore", ".*not within the observation space.*")
         check_env(env, skip_render_check=True)
+    assert env.metadata == {"render_modes": [env.render_mode], "render_fps": env.action_spec.control_hz}
     assert env.render().shape == (*env.sizes[next(iter(env.sizes))][::-1], 3)
 
 

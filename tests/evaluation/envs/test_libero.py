@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("gymnasium")
-
 from hf_vla.evaluation.envs.base import FIRST_RECORDING_SEED
 from hf_vla.evaluation.envs.libero import HORIZONS, SUITES, LiberoTask, find_assets, instruction, libero_paths
 

@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 
-pytest.importorskip("gymnasium")
-
 from hf_vla.evaluation.envs.metaworld import INSTRUCTIONS, MT10, MetaWorldTask
 
 pytestmark = pytest.mark.sim

@@ -5,8 +5,6 @@ import json
 import numpy as np
 import pytest
 
-pytest.importorskip("gymnasium")
-
 from hf_vla.actions.rotations import convert
 from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.evaluation.envs.robosuite import TASKS, RobosuiteTask, numpy_seed
@@ -25,7 +23,7 @@ def test_specs_are_the_demonstrations(demos):
     info = json.loads((demos / "meta" / "info.json").read_text())
     assert list(RobosuiteTask.action_spec.names) == info["features"]["action"]["names"]
     assert list(RobosuiteTask.state_spec.names) == info["features"]["observation.state"]["names"]
-    assert RobosuiteTask.action_spec.control_hz == info["fps"]
+    assert (RobosuiteTask.action_spec.control_hz, RobosuiteTask.robot) == (info["fps"], info["robot_type"])
     cameras = {key.rpartition(".")[2] for key in info["features"] if "images" in key}
     assert cameras == set(RobosuiteTask.default_cameras)
 

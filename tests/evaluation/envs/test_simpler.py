@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 
-pytest.importorskip("gymnasium")
 pytest.importorskip("mani_skill", exc_type=ImportError)
 
 from hf_vla.actions.rotations import convert

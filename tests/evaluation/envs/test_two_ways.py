@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.sim
 EPISODES = 200
 
 
@@ -100,6 +99,14 @@ def test_a_touch_ends_the_episode_and_nothing_mends_it(task):
     for _ in range(5):
         assert env.advance(-straight) == (False, True)
     assert (env.hand == stopped).all() and env.step(straight)[4]["touched"]
+
+
+def test_success_at_any_step_is_success(task):
+    env, expert = task
+    by_expert(env, expert, 0)
+    for _ in range(8):
+        terminated, _ = env.advance(np.array([*-env.ahead, 0.0, -1.0]))
+    assert terminated and np.linalg.norm(env.hand[:2] - env.goal) > 0.2
 
 
 def test_one_seed_is_one_episode(task):

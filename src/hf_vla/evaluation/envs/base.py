@@ -4,17 +4,23 @@ Times are control steps, poses metres in the simulator's world frame, actions an
 """
 
 import os
+import string
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
-import gymnasium as gym
 import numpy as np
 
-from hf_vla.actions.spec import ActionSpec, CameraSpec, StateSpec
+try:
+    import gymnasium as gym
+except ImportError as error:
+    raise ImportError("Simulators need gymnasium: `pip install 'hf-vla[sim]'`, see docs/simulators.md.") from error
+
+from hf_vla.actions.spec import ActionSpec, CameraSpec, StateSpec, whole_number
 
 # MuJoCo looks at these when it is first imported: without a screen it renders by EGL, in software on one thread.
 if sys.platform == "linux" and not os.environ.get("DISPLAY"):
@@ -23,6 +29,7 @@ os.environ.setdefault("LP_NUM_THREADS", "1")
 
 RENDERINGS = ("fast", "full")
 FIRST_RECORDING_SEED = 1_000_000  # demonstrations begin here, evaluations at 0
+LONGEST_INSTRUCTION = 256  # characters
 
 
 class SimulatedTask(gym.Env, ABC):
@@ -44,21 +51,22 @@ class SimulatedTask(gym.Env, ABC):
         rendering (`str`): "fast", without shadows, reflections and multisampling, or "full", the simulator's own.
 
     Attributes:
+        name (`str`), robot (`str`): what simulator and robot are called.
         instruction (`str`): what the robot is told.
         action_spec (`ActionSpec`), state_spec (`StateSpec`): what the simulated robot takes and tells.
-        camera_specs (`dict[str, CameraSpec]`): with intrinsics.
+        camera_specs (`dict[str, CameraSpec]`): with intrinsics; `depth` where it is wanted.
         horizon (`int`): control steps until an episode is given up.
 
     Raises:
-        ValueError: the task, a camera or the rendering is unknown.
+        ValueError: the task, a camera or the rendering is unknown, or a size is none.
         ImportError: the simulator is not installed.
         FileNotFoundError: the simulator's assets are not installed; the text says how to get them.
     """
 
     name: ClassVar[str]
+    robot: ClassVar[str]
     default_cameras: ClassVar[Mapping[str, tuple[int, int]]]
     how_to_install: ClassVar[str] = "`pip install 'hf-vla[sim]'`"
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
     render_mode = "rgb_array"
 
     instruction: str
@@ -72,15 +80,18 @@ class SimulatedTask(gym.Env, ABC):
             raise ValueError(f"Expected a rendering among {RENDERINGS}, came {rendering!r}.")
         check_known(f"{self.name} task", task, self.tasks())
         self.task, self.depth, self.rendering = task, depth, rendering
-        self.sizes = dict(self.default_cameras if cameras is None else cameras)
+        self.sizes = _checked_sizes(self.default_cameras if cameras is None else cameras)
         try:
             self._make()
         except ImportError as error:
             raise ImportError(
                 f"The simulator {self.name!r} needs {error.name}: {self.how_to_install}, see docs/simulators.md."
             ) from error
+        self.camera_specs = {name: replace(spec, depth=depth) for name, spec in self.camera_specs.items()}
+        self.metadata = {"render_modes": [self.render_mode], "render_fps": self.action_spec.control_hz}
         self.action_space = self._action_space()
         self.observation_space = self._observation_space()
+        self.seed: int | None = None
         self.episode_length, self.success = 0, False
 
     @classmethod
@@ -145,12 +156,14 @@ class SimulatedTask(gym.Env, ABC):
         """Begin the episode of a seed; gymnasium's method.
 
         Args:
-            seed (`int`, *optional*): decides the episode; the one after the last otherwise, beginning with 0.
+            seed (`int`, *optional*): decides the episode. Without one it is drawn, at random at first and then as the
+                last seed has it, from those that are not for demonstrations; `info["seed"]` tells.
 
         Returns:
             `tuple[dict, dict]`: observation and info.
         """
-        self.restart(getattr(self, "seed", -1) + 1 if seed is None else seed)
+        # not the next one: environments side by side, begun with seeds 0 to 7, would repeat each other's episodes
+        self.restart(int(self.np_random.integers(FIRST_RECORDING_SEED)) if seed is None else seed)
         return self.observe(), self._info()
 
     def restart(self, seed: int) -> None:
@@ -170,7 +183,10 @@ class SimulatedTask(gym.Env, ABC):
 
         Raises:
             ValueError: it has another shape, or holds NaN or infinity.
+            gymnasium.error.ResetNeeded: no episode has begun.
         """
+        if self.seed is None:
+            raise gym.error.ResetNeeded("Expected an episode to act in, came none: call `reset` or `restart` first.")
         action = np.asarray(action, dtype=np.float64)
         if action.shape != self.action_space.shape or not np.isfinite(action).all():
             raise ValueError(
@@ -207,7 +223,8 @@ class SimulatedTask(gym.Env, ABC):
         return self._pictures(next(iter(self.sizes)), False)[0]
 
     def _info(self) -> dict[str, Any]:
-        return {"success": self.success, "seed": self.seed, "is_success": self.success}
+        # `is_success` is LeRobot's name for it
+        return {"success": self.success, "is_success": self.success, "seed": self.seed}
 
     def _action_space(self) -> gym.spaces.Box:
         """What the robot takes; -1 to 1 unless a simulator says otherwise."""
@@ -220,7 +237,8 @@ class SimulatedTask(gym.Env, ABC):
             if self.depth:
                 spaces[f"observation.depth.{camera}"] = gym.spaces.Box(0.0, np.inf, (height, width), np.float32)
         states = gym.spaces.Box(-np.inf, np.inf, (len(self.state_spec.names),), np.float32)
-        text = gym.spaces.Text(max(1, len(self.instruction)), charset=frozenset(self.instruction) or "a")
+        # one space for every task, or gymnasium would not put several into one vector environment
+        text = gym.spaces.Text(LONGEST_INSTRUCTION, charset=string.printable)
         return gym.spaces.Dict({**spaces, "observation.state": states, "task": text})
 
 
@@ -241,6 +259,18 @@ class Expert(ABC):
     @abstractmethod
     def act(self) -> np.ndarray:
         """Next action, `(D,)`, robot units, for the state the simulator is in."""
+
+
+def _checked_sizes(cameras):
+    wrong = not isinstance(cameras, Mapping) or not cameras
+    if wrong or any(np.shape(size) != (2,) for size in cameras.values()):
+        raise ValueError(
+            f"Expected one camera or more with width and height, such as {{'front': (128, 128)}}, came {cameras!r}."
+        )
+    return {
+        name: tuple(whole_number(side, f"pixels of camera {name!r}") for side in size)
+        for name, size in cameras.items()
+    }
 
 
 def check_known(what: str, name: str, known) -> None:

@@ -87,7 +87,7 @@ class LiberoTask(SimulatedTask):
     sideview, galleryview, robot0_robotview where a scene has them.
     """
 
-    name = "libero"
+    name, robot = "libero", "panda"
     how_to_install = (
         "`pip install 'hf-vla[sim]' easydict future pyyaml` and `pip install --no-deps hf-libero==0.1.4 bddl==1.0.1`"
     )
@@ -122,6 +122,7 @@ class LiberoTask(SimulatedTask):
                 bddl_file_name=str(Path(paths["bddl_files"], suite, f"{self.task}.bddl")),
                 has_offscreen_renderer=False,
                 use_camera_obs=False,
+                ignore_done=True,  # its own end of an episode, after 1000 steps, is not ours
                 hard_reset=False,  # or every episode would build the scene anew
             )
         self._axis_angle = quat2axisangle

@@ -86,7 +86,7 @@ class MetaWorldTask(SimulatedTask):
     gripperPOV.
     """
 
-    name = "metaworld"
+    name, robot = "metaworld", "sawyer"
     default_cameras: ClassVar = {"corner4": (128, 128)}
     horizon = 500
     action_spec = ActionSpec(("x", "y", "z", "gripper"), "delta_ee", frame="world", control_hz=80.0, gripper=GRIPPER)

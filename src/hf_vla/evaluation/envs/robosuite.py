@@ -38,7 +38,7 @@ class RobosuiteTask(SimulatedTask):
     where there is a table.
     """
 
-    name = "robosuite"
+    name, robot = "robosuite", "panda"
     default_cameras: ClassVar = {"agentview": (128, 128), "wrist": (128, 128)}
     action_spec = ActionSpec(
         MOTION, "delta_ee", rotation="axis_angle", frame="world", control_hz=20.0, gripper=GripperSpec(6, -1.0, 1.0)

@@ -64,7 +64,7 @@ class SimplerTask(SimulatedTask):
     ratio differs, as published policies do with their pictures.
     """
 
-    name = "simpler"
+    name, robot = "simpler", "widowx"
     how_to_install = "`pip install mani-skill==3.0.1 sapien==3.0.3`"
     default_cameras: ClassVar = {CAMERA.name: (CAMERA.width, CAMERA.height)}
     action_spec = ActionSpec(

@@ -41,7 +41,7 @@ class TwoWaysTask(SimulatedTask):
         ahead (`np.ndarray` of shape `(2,)`): unit vector from the obstacle to the goal.
     """
 
-    name = "two_ways"
+    name, robot = "two_ways", "hand"
     default_cameras: ClassVar = {"top": (64, 64)}
     horizon = 60
     instruction = "reach the goal"
