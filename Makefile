@@ -1,4 +1,5 @@
-# make demo      train, save, reload and try a tiny model on the embedded demonstrations; MODEL=tinyvla or divla for the others
+# make demo      a shipped checkpoint predicts and, where the simulators are, acts; MODEL=spatialvla or divla for the others
+# make train-demo  train, save, reload and try a tiny model on the embedded demonstrations; MODEL=tinyvla or divla likewise
 # make test      the default test suite (CPU, offline)
 # make test-sim  the tests in simulators; they render by EGL (Debian: libegl1, libgl1-mesa-dri)
 # make check     lint, format, types, architecture; changes nothing
@@ -10,14 +11,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PYTEST_ARGS ?= -n 2
 SIM_ARGS ?= -m "sim and not slow"
-MODEL ?= spatialvla
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RLDS := $(VENV)/.installed-rlds
 SIM := $(VENV)/.installed-sim
 
-.PHONY: demo test test-sim check format install
+.PHONY: demo train-demo test test-sim check format install
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -39,7 +39,10 @@ $(SIM): $(INSTALLED)
 	touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python scripts/demo.py --model $(MODEL)
+	$(BIN)/python scripts/demo.py $(if $(MODEL),--model $(MODEL))
+
+train-demo: $(INSTALLED)
+	$(BIN)/python scripts/train_demo.py $(if $(MODEL),--model $(MODEL))
 
 test: $(INSTALLED) $(RLDS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -84,7 +84,7 @@ def test_a_continuous_head_is_evaluated_by_loss_and_action_error(tinyvla_run):
     [
         ({"data__cameras": [{"name": "wrist"}, {"name": "agentview"}]}, "CameraSpec of .* differ in name"),
         ({"data__cameras": [{"name": "agentview"}]}, "The recipe gives another camera_config than"),
-        ({"data__state__frame": "camera"}, "StateSpec of .* frame: .* 'base', the recipe 'camera'"),
+        ({"data__state__frame": "camera"}, "StateSpec of .* frame: .* 'world', the recipe 'camera'"),
         ({"data__state": None}, "The recipe gives another statistics than"),
     ],
 )

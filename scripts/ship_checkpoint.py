@@ -1,0 +1,289 @@
+"""Make a trained checkpoint ready to be given away: small, whole, with a model card and a frame to try it on.
+
+    python scripts/ship_checkpoint.py outputs/mine/model tinyvla_metaworld --report outputs/eval/mine
+
+writes spaces/action_demo/checkpoints/tinyvla_metaworld anew: weights in float16 (half the bytes; config.json says
+float32, so that AutoModel computes in float32, as CPUs like it), configuration, processor, README.md, frame.json with
+the pictures of a frame of a held-out episode, and in eval/ what `hf-vla eval` wrote. It refuses weights whose actions
+change by more than 1 % of their range, a report about other weights, and files that name a folder of this machine.
+"""
+
+import argparse
+import gzip
+import json
+import re
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoProcessor
+
+from hf_vla import Policy
+from hf_vla.cli.render import describe
+from hf_vla.evaluation.model_card import add_to_model_card
+from hf_vla.evaluation.protocol import weights_sha256
+from hf_vla.training.datasets import open_datasets
+from hf_vla.training.recipe import load_recipe
+
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "spaces" / "action_demo" / "checkpoints"
+LARGEST_CHANGE = 0.01  # of the range of the recorded actions, by rounding the weights
+FRAMES = 32  # on which that is measured
+EVALUATION = ("report.md", "report.json", "report.png", "protocol.json")
+TRAINING = (
+    *("max_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "warmup_steps"),
+    *("weight_decay", "adam_beta2", "ema_decay", "seed"),
+)  # what a model card tells of a recipe's section
+
+CARD = """\
+---
+license: apache-2.0
+library_name: hf_vla
+pipeline_tag: robotics
+tags: [{family}]
+---
+
+# {name}
+
+A {title} of {millions:.1f} million parameters, {origin}, trained on {episodes} demonstrations ({frames} control
+steps) of {number} in simulation.
+
+```python
+from hf_vla import Policy
+
+policy = Policy.from_pretrained("{name}")  # this folder
+policy.reset()
+observation = {{
+    {observation}
+    "task": "{task}",
+}}
+action = policy.select_action(observation)  # at every control step
+```
+
+- Cameras: {cameras}
+- State: {state}
+- Actions: chunks of {chunk_size}; {names}; {actions}
+
+## Training
+
+{steps} steps, without {held_out} held-out episodes{error}. The recipe:
+
+```yaml
+{recipe}```
+
+The weights are rounded to float16 and computed with in float32. On {measured} held-out frames this changes the
+actions by {change:.2g} % of their range on average, and by {largest:.2g} % at most.
+
+## Limits
+
+It knows one simulated robot, its cameras where they stood, and these instructions, word by word. It has never been
+on a robot, and its actions are not clipped to the range of the recorded ones. A model this small shows how a
+vision-language-action model is trained, run and evaluated; it does not generalise as one of billions of parameters.
+
+`frame.json` is the middle of a held-out episode, with its pictures and the actions recorded there.
+
+<details><summary>Instructions</summary>
+
+{instructions}
+
+</details>
+"""
+
+
+def ship(folder, name, recipe, report=None):
+    """Write a checkpoint's folder anew; nothing is left of it where that fails."""
+    model, processor = AutoModel.from_pretrained(folder, dtype=torch.float32), AutoProcessor.from_pretrained(folder)
+    opened = open_datasets(recipe.data)[0]
+    with TemporaryDirectory(dir=CHECKPOINTS, prefix=".") as aside:
+        new = Path(aside, name)
+        rounded = save_rounded(model, processor, new)
+        key = opened.arguments.unnorm_key
+        changes = action_changes([Policy(each, processor, key, seed=0) for each in (model, rounded)], opened)
+        mean, largest = 100 * changes.mean(), 100 * changes.max()
+        print(f"Rounding to float16 changes actions by {mean:.2g} % of their range, {largest:.2g} % at most.")
+        if not mean <= 100 * LARGEST_CHANGE:
+            raise ValueError(f"Expected {100 * LARGEST_CHANGE:g} % at most on average, came {mean:.2g} %.")
+        frame = save_frame(opened, new)
+        progress = json.loads(Path(folder, "trainer_state.json").read_text())
+        card = {"name": name, "task": frame["task"], "measured": len(changes), "change": mean, "largest": largest}
+        (new / "README.md").write_text(CARD.format(**card, **facts(model, processor, opened, recipe, progress)))
+        if report is not None:
+            copy_report(Path(report), new, weights_sha256(rounded), weights_sha256(model))
+        refuse_paths(new)
+        shutil.rmtree(CHECKPOINTS / name, ignore_errors=True)
+        new.rename(CHECKPOINTS / name)
+    print(f"Wrote {CHECKPOINTS / name}")
+
+
+def save_rounded(model, processor, folder):
+    """Save with weights in float16, and return what AutoModel makes of them."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    weights = {name: each.half() if each.is_floating_point() else each for name, each in load_file(path).items()}
+    if broken := [name for name, each in weights.items() if not torch.isfinite(each).all()]:
+        raise ValueError(f"These weights are beyond float16's range: {broken}.")
+    save_file(weights, path, metadata={"format": "pt"})
+    loaded = AutoModel.from_pretrained(folder)
+    if loaded.dtype != torch.float32:
+        raise ValueError(f"Expected AutoModel to load float32, came {loaded.dtype}: see config.json.")
+    for name, value in loaded.state_dict().items():
+        if name in weights and not torch.equal(value, weights[name].to(value.dtype)):
+            raise ValueError(f"AutoModel does not load {name!r} as it was saved.")
+    return loaded
+
+
+def action_changes(policies, opened):
+    """How much two policies' actions differ on held-out frames, `(frames, chunk_size, D)`, shares of their range."""
+    rows = opened.eval_rows[np.linspace(0, len(opened.eval_rows) - 1, FRAMES).round().astype(int)]
+    codec, key = policies[0].processor.action_codec, policies[0].unnorm_key
+    low, high = (np.array(codec.statistics[key]["action"][end]) for end in ("min", "max"))
+    changes = []
+    for row in np.unique(rows):
+        chunks = []
+        for policy in policies:
+            policy.reset()
+            chunks.append(policy.predict_chunk(observe(opened.episodes[row])))
+        changes.append(np.abs(chunks[0] - chunks[1]))
+    difference = np.array(changes)
+    return np.divide(difference, high - low, out=np.zeros_like(difference), where=high > low)
+
+
+def observe(item):
+    """A dataset's frame as a robot would give it."""
+    pictures = {key: picture(value) for key, value in item.items() if key.startswith("observation.images.")}
+    state = {key: item[key].numpy() for key in ("observation.state",) if key in item}
+    return {**pictures, **state, "task": item["task"]}
+
+
+def picture(tensor):
+    """`(H, W, 3)` uint8."""
+    return (tensor.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+
+
+def save_frame(opened, folder):
+    """Write the frame in the middle of the first held-out episode, and what was recorded there."""
+    dataset, arguments = opened.episodes, opened.arguments
+    rows = opened.eval_rows[dataset.column("episode_index")[opened.eval_rows] == arguments.eval_episodes[0]]
+    row = rows[len(rows) // 2]
+    item = dataset[row]
+    actions, is_pad = dataset.windows("action", np.array([row]))
+    images = {}
+    for camera in arguments.cameras:
+        images[camera.name] = f"frame_{camera.name}.png"
+        Image.fromarray(picture(item[f"observation.images.{camera.name}"])).save(folder / images[camera.name])
+    frame = {
+        "dataset": arguments.unnorm_key,
+        "episode": int(item["episode_index"]),
+        "frame": int(item["frame_index"]),
+        "task": item["task"],
+        "images": images,
+        "state": None if arguments.state is None else item["observation.state"].tolist(),
+        "actions": actions[0][~is_pad[0]].tolist(),
+    }
+    (folder / "frame.json").write_text(json.dumps(frame, indent=1) + "\n")
+    return frame
+
+
+def facts(model, processor, opened, recipe, progress):
+    """What the model card tells."""
+    codec, key = processor.action_codec, opened.arguments.unnorm_key
+    spec, state_spec = codec.specs(key)
+    statistics = codec.statistics[key]
+    cameras = processor.camera_specs(key)
+    errors = [each["eval_action_error"] for each in progress["log_history"] if "eval_action_error" in each]
+    tasks = sorted(set(opened.episodes.texts("task")))
+    said = [f'"observation.images.{camera.name}": image,  # (H, W, 3) uint8' for camera in cameras]
+    said += [] if state_spec is None else [f'"observation.state": state,  # {", ".join(state_spec.names)}']
+    source = recipe.model.path or recipe.model.backbone
+    return {
+        "family": model.config.model_type,
+        "title": type(model).__name__.removesuffix("ForActionPrediction"),
+        "millions": sum(each.numel() for each in model.parameters()) / 1e6,
+        "origin": f"started from `{short(source)}`" if source else "random at first",
+        "episodes": statistics["num_trajectories"],
+        "frames": statistics["num_transitions"],
+        "number": f"{len(tasks)} instruction{'s' * (len(tasks) > 1)}",
+        "observation": "\n    ".join(said),
+        "cameras": ", ".join(f"`{camera.name}`, {camera.width} x {camera.height}" for camera in cameras),
+        "state": "none" if state_spec is None else ", ".join(f"`{each}`" for each in state_spec.names),
+        "chunk_size": codec.chunk_size,
+        "names": ", ".join(f"`{each}`" for each in spec.names),
+        "actions": describe(spec),
+        "steps": progress["global_step"],
+        "held_out": len(opened.arguments.eval_episodes),
+        "error": f"\n(there, its mean absolute action error is {errors[-1]:.3f} robot units)" if errors else "",
+        "recipe": short_recipe(recipe),
+        "instructions": "\n".join(f"- {task}" for task in tasks),
+    }
+
+
+def short_recipe(recipe):
+    """What was trained, on what and how, as YAML; folders by their names."""
+    model = {name: getattr(recipe.model, name) for name in ("family", "preset", "path", "backbone", "config")}
+    model["path"] = model["path"] and short(model["path"])
+    (data, *_), training = recipe.data.datasets, {name: getattr(recipe.training, name) for name in TRAINING}
+    training["lr_scheduler_type"] = recipe.training.lr_scheduler_type.value
+    shown = {
+        "model": {name: value for name, value in model.items() if value is not None},
+        "data": {"source": data.unnorm_key, "chunk_size": recipe.data.chunk_size},
+        "training": training,
+    }
+    if recipe.model.grid is not None:
+        shown["model"]["grid"] = {"num_bins": list(recipe.model.grid.num_bins)}
+    return yaml.safe_dump(shown, sort_keys=False)
+
+
+def short(source):
+    """A folder's name, or a name on the Hub as it is."""
+    return Path(source).name if Path(source).is_dir() else source
+
+
+def copy_report(source, folder, shipped, trained):
+    """Put an evaluation beside the checkpoint and into its model card."""
+    protocol = json.loads((source / "protocol.json").read_text(encoding="utf-8"))
+    if protocol["weights_sha256"] not in (shipped, trained):
+        raise ValueError(f"{source} tells of other weights: {protocol['weights_sha256']}, these are {shipped}.")
+    target = folder / "eval"
+    target.mkdir()
+    for name in EVALUATION:
+        shutil.copy(source / name, target)
+    records = (source / "episodes.jsonl").read_bytes()
+    (target / "episodes.jsonl.gz").write_bytes(gzip.compress(records, mtime=0))
+    card = add_to_model_card(folder, target)
+    which = "the weights of this folder" if protocol["weights_sha256"] == shipped else "the weights before rounding"
+    with card.open("a", encoding="utf-8") as file:
+        file.write(f"\nThe evaluation was of {which}; [its report](eval/report.md) with records is in `eval/`.\n")
+
+
+def refuse_paths(folder):
+    """Raise a ValueError where a file names a folder of this machine."""
+    tops = "|".join(re.escape(each.name) for each in Path("/").iterdir() if each.is_dir())
+    pattern = re.compile(rf"(?<![\w./:])/(?:{tops})/[\w./-]+")
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".json", ".md", ".jinja") and (found := pattern.search(path.read_text(encoding="utf-8"))):
+            raise ValueError(
+                f"{path.name} names {found[0]}, a folder of this machine; train and evaluate with relative paths."
+            )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="what a training saved")
+    parser.add_argument("name", help="of the folder that is written")
+    parser.add_argument("--recipe", type=Path, help="default: that of the training's last checkpoint")
+    parser.add_argument("--report", type=Path, help="folder of `hf-vla eval`")
+    arguments = parser.parse_args()
+    saved = sorted(arguments.folder.glob("checkpoint-*/recipe.yaml"), key=lambda path: path.stat().st_mtime)
+    if not (recipe := arguments.recipe or (saved[-1] if saved else None)):
+        parser.error(f"{arguments.folder} keeps no checkpoint with its recipe: give --recipe.")
+    CHECKPOINTS.mkdir(parents=True, exist_ok=True)
+    ship(arguments.folder, arguments.name, load_recipe(recipe), arguments.report)
+
+
+if __name__ == "__main__":
+    main()
