@@ -164,14 +164,13 @@ class ActionCodec:
         """
         normalizer = self.normalizer(unnorm_key)
         normalized = normalizer.normalize(self._checked(actions, normalizer, "actions"))
-        if self.terminates:
-            if terminate is None:
-                raise ValueError(
-                    "These action tokens say where an episode ends: give `terminate`, True at its last action."
-                )
-            return self.tokenizer.encode(normalized, np.asarray(terminate))
+        if self.terminates and terminate is None:
+            raise ValueError(
+                "These action tokens say where an episode ends: give `terminate`, True at its last action."
+            )
         if self.tokenizer is not None:
-            return self.tokenizer.encode(normalized)
+            ends = {"terminate": np.asarray(terminate)} if self.terminates else {}
+            return self.tokenizer.encode(normalized, **ends)
         return _padded(normalized.astype(np.float32), self.action_dim if pad else normalizer.action_dim)
 
     def decode(self, prediction: ArrayLike, unnorm_key: str | None = None) -> np.ndarray:
