@@ -36,6 +36,7 @@ def test_records_and_says_what(tmp_path):
         "cameras": {"top": [96, 64]},
         "rendering": "fast",
         "noise": 0.3,
+        "noise_steps": 1,
         "first_seed": 1_000_003,
         "horizon": 37,
     }

@@ -152,7 +152,12 @@ def test_an_interrupted_recording_goes_on(plan, stop, tmp_path):
     record(plan, whole)
     total = len(plan.tasks) * plan.episodes
     process = subprocess.Popen(
-        command(plan, folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True
+        command(plan, folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     while process.poll() is None and not ((folder / LOG).exists() and attempts(folder)):
         time.sleep(0.01)
