@@ -30,7 +30,7 @@ from typing import ClassVar
 import numpy as np
 
 from hf_vla.actions.spec import ActionSpec, GripperSpec, StateSpec
-from hf_vla.evaluation.envs.base import FIRST_RECORDING_SEED, SimulatedTask, numpy_seed
+from hf_vla.evaluation.envs.base import FIRST_RECORDING_SEED, MujocoTask, numpy_seed
 
 BOWL = "pick_up_the_black_bowl_{}_and_place_it_on_the_plate"
 PLACES = (
@@ -80,7 +80,7 @@ VISUAL = (1,)  # the group of geoms that are there to be seen
 MIRROR = np.diag([-1.0, 1.0, 1.0, 1.0])
 
 
-class LiberoTask(SimulatedTask):
+class LiberoTask(MujocoTask):
     """One of LIBERO's tasks; see [`~hf_vla.evaluation.envs.base.SimulatedTask`].
 
     Cameras: agentview, wrist (LIBERO's robot0_eye_in_hand), 256 x 256 in the literature; frontview, birdview,
@@ -106,8 +106,6 @@ class LiberoTask(SimulatedTask):
         paths = libero_paths()
         import torch
 
-        from hf_vla.evaluation.envs.rendering import MujocoCameras
-
         suite = next(suite for suite, tasks in SUITES.items() if self.task in tasks)
         self.horizon, self.instruction = HORIZONS[suite], instruction(self.task)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), numpy_seed(0):
@@ -131,15 +129,8 @@ class LiberoTask(SimulatedTask):
                 Path(paths["init_states"], suite, f"{self.task}.pruned_init"), weights_only=True
             )
         sim = self.simulator.sim
-        self._cameras = MujocoCameras(
-            sim.model._model,
-            sim.data._data,
-            self.sizes,
-            self.rendering == "fast",
-            geom_groups=VISUAL,
-            scene_names={"wrist": "robot0_eye_in_hand"},
-        )
-        self.camera_specs = self._cameras.specs
+        names = {"wrist": "robot0_eye_in_hand"}
+        self._film(sim.model._model, sim.data._data, geom_groups=VISUAL, scene_names=names)
 
     def _restart(self, seed):
         official = seed < FIRST_RECORDING_SEED
@@ -163,16 +154,12 @@ class LiberoTask(SimulatedTask):
         return np.concatenate([data.site_xpos[robot.eef_site_id], self._axis_angle(turn), fingers])
 
     def _pictures(self, camera, depth):
-        picture = np.ascontiguousarray(self._cameras.picture(camera)[:, ::-1])
-        return picture, np.ascontiguousarray(self._cameras.depth(camera)[:, ::-1]) if depth else None
+        picture, metres = super()._pictures(camera, depth)
+        return np.ascontiguousarray(picture[:, ::-1]), np.ascontiguousarray(metres[:, ::-1]) if depth else None
 
     def camera_pose(self, camera):
         """Camera to world; see the base class, and the module for why its determinant is -1."""
-        return self._cameras.pose(camera) @ MIRROR
-
-    def close(self):
-        """Give the renderers back."""
-        self._cameras.close()
+        return super().camera_pose(camera) @ MIRROR
 
 
 def instruction(task: str) -> str:

@@ -10,7 +10,7 @@ Source: https://arxiv.org/abs/1910.10897; the four splits: https://arxiv.org/abs
 from typing import ClassVar
 
 from hf_vla.actions.spec import ActionSpec, GripperSpec, StateSpec
-from hf_vla.evaluation.envs.base import SimulatedTask
+from hf_vla.evaluation.envs.base import MujocoTask
 
 EASY = {
     "button-press-topdown-v3": "Press a button from the top",
@@ -79,7 +79,7 @@ UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")
 GRIPPER = GripperSpec(index=3, open=-1.0, closed=1.0)
 
 
-class MetaWorldTask(SimulatedTask):
+class MetaWorldTask(MujocoTask):
     """One of Meta-World's fifty tasks; see [`~hf_vla.evaluation.envs.base.SimulatedTask`].
 
     Cameras: corner, corner2, corner3, corner4 (the closest look at the workspace), topview, behindGripper,
@@ -101,17 +101,13 @@ class MetaWorldTask(SimulatedTask):
     def _make(self):
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-        from hf_vla.evaluation.envs.rendering import MujocoCameras
-
         self.instruction = INSTRUCTIONS[self.task]
         self.simulator = ALL_V3_ENVIRONMENTS[self.task]()
         # `reset(seed)` is ignored; these let `seed` decide, and show the expert where the goal is
         self.simulator._freeze_rand_vec, self.simulator.seeded_rand_vec = False, True
         self.simulator._set_task_called, self.simulator._partially_observable = True, False
         self.simulator.__dict__.pop("sawyer_observation_space", None)  # made before, it would cut the goal away
-        scene = self.simulator.model, self.simulator.data
-        self._cameras = MujocoCameras(*scene, self.sizes, self.rendering == "fast", UPSIDE_DOWN)
-        self.camera_specs = self._cameras.specs
+        self._film(self.simulator.model, self.simulator.data, upside_down=UPSIDE_DOWN)
 
     def _restart(self, seed):
         self.simulator.seed(seed)
@@ -125,14 +121,3 @@ class MetaWorldTask(SimulatedTask):
 
     def _state(self):
         return self.numbers[:4]
-
-    def _pictures(self, camera, depth):
-        return self._cameras.picture(camera), self._cameras.depth(camera) if depth else None
-
-    def camera_pose(self, camera):
-        """Camera to world; see the base class."""
-        return self._cameras.pose(camera)
-
-    def close(self):
-        """Give the renderers back."""
-        self._cameras.close()

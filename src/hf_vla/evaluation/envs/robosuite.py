@@ -15,7 +15,7 @@ import numpy as np
 
 from hf_vla.actions.rotations import convert
 from hf_vla.actions.spec import ActionSpec, GripperSpec, StateSpec
-from hf_vla.evaluation.envs.base import SimulatedTask, numpy_seed
+from hf_vla.evaluation.envs.base import MujocoTask, numpy_seed
 
 # task -> what the robot is told, control steps until it is given up
 TASKS = {
@@ -31,7 +31,7 @@ POSE = ("x", "y", "z", "rx", "ry", "rz", "finger_left", "finger_right")
 VISUAL = (1,)  # the group of geoms that are there to be seen; 0 is for collisions
 
 
-class RobosuiteTask(SimulatedTask):
+class RobosuiteTask(MujocoTask):
     """One of robosuite's tasks with a single Panda; see [`~hf_vla.evaluation.envs.base.SimulatedTask`].
 
     Cameras: agentview, wrist (robosuite's robot0_eye_in_hand), frontview, birdview, robot0_robotview, and sideview
@@ -52,8 +52,6 @@ class RobosuiteTask(SimulatedTask):
         return {"lift_stack": tasks[:2], "pick_place": tasks[2:], "all": tasks}
 
     def _make(self):
-        from hf_vla.evaluation.envs.rendering import MujocoCameras
-
         logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it wants a file of macros
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -72,15 +70,8 @@ class RobosuiteTask(SimulatedTask):
         with numpy_seed(0):  # draws the size of Lift's cube
             self.simulator = robosuite.make(self.task, robots="Panda", **options)
         sim = self.simulator.sim
-        self._cameras = MujocoCameras(
-            sim.model._model,
-            sim.data._data,
-            self.sizes,
-            self.rendering == "fast",
-            geom_groups=VISUAL,
-            scene_names={"wrist": "robot0_eye_in_hand"},
-        )
-        self.camera_specs = self._cameras.specs
+        names = {"wrist": "robot0_eye_in_hand"}
+        self._film(sim.model._model, sim.data._data, geom_groups=VISUAL, scene_names=names)
 
     def _restart(self, seed):
         gripper = self.simulator.robots[0].gripper
@@ -98,14 +89,3 @@ class RobosuiteTask(SimulatedTask):
         turn = convert(data.get_body_xmat(robot.robot_model.eef_name), "matrix", "axis_angle")
         fingers = data.qpos[robot._ref_gripper_joint_pos_indexes]
         return np.concatenate([data.site_xpos[robot.eef_site_id], turn, fingers])
-
-    def _pictures(self, camera, depth):
-        return self._cameras.picture(camera), self._cameras.depth(camera) if depth else None
-
-    def camera_pose(self, camera):
-        """Camera to world; see the base class."""
-        return self._cameras.pose(camera)
-
-    def close(self):
-        """Give the renderers back."""
-        self._cameras.close()
