@@ -20,7 +20,7 @@ FLOORS = {
 }
 # in these folders a file is one implementation: it imports the folder's base, and only the registry knows them all
 IMPLEMENTATIONS = ("hf_vla.actions.tokenizers", "hf_vla.actions.heads", "hf_vla.evaluation.envs")
-SHARED = ("base", "networks", "rendering")
+SHARED = ("base", "mujoco", "networks", "rendering")
 MAX_LINES = 400
 
 

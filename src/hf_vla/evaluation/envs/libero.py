@@ -30,7 +30,8 @@ from typing import ClassVar
 import numpy as np
 
 from hf_vla.actions.spec import ActionSpec, GripperSpec, StateSpec
-from hf_vla.evaluation.envs.base import FIRST_RECORDING_SEED, MujocoTask, numpy_seed
+from hf_vla.evaluation.envs.base import FIRST_RECORDING_SEED, numpy_seed
+from hf_vla.evaluation.envs.mujoco import MujocoTask
 
 BOWL = "pick_up_the_black_bowl_{}_and_place_it_on_the_plate"
 PLACES = (

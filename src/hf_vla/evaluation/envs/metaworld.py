@@ -10,7 +10,7 @@ Source: https://arxiv.org/abs/1910.10897; the four splits: https://arxiv.org/abs
 from typing import ClassVar
 
 from hf_vla.actions.spec import ActionSpec, GripperSpec, StateSpec
-from hf_vla.evaluation.envs.base import MujocoTask
+from hf_vla.evaluation.envs.mujoco import MujocoTask
 
 EASY = {
     "button-press-topdown-v3": "Press a button from the top",

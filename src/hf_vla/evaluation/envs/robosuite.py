@@ -15,7 +15,8 @@ import numpy as np
 
 from hf_vla.actions.rotations import convert
 from hf_vla.actions.spec import ActionSpec, GripperSpec, StateSpec
-from hf_vla.evaluation.envs.base import MujocoTask, numpy_seed
+from hf_vla.evaluation.envs.base import numpy_seed
+from hf_vla.evaluation.envs.mujoco import MujocoTask
 
 # task -> what the robot is told, control steps until it is given up
 TASKS = {
