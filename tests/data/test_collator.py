@@ -90,6 +90,27 @@ def test_cameras_are_withheld_never_all_and_alike_for_the_same_rows(goldens):
     assert all(withheld(lacking, camera_dropout=0.9, seed=seed) == [[True, False]] * 2 for seed in range(20))
 
 
+def test_states_are_withheld_and_alike_for_the_same_rows(goldens):
+    dataset = LeRobotEpisodes(goldens / "lerobot" / "datasets" / "v30_images", {"action": [0.0]})
+    items = [dataset[0], dataset[1]]
+    collator = VLACollator(Recorder(), "x", dataset.camera_keys[:1], with_state=True)
+    told = collator(items)["state"]
+    assert (told != 0).any(1).all()
+
+    def withheld(items, **options):
+        states = collator(items, **options)["state"]
+        out = (states == 0).all(1)
+        assert torch.equal(states[~out], torch.stack([item["observation.state"] for item in items])[~out])
+        return out.tolist()
+
+    drawn = np.array([withheld(items, state_dropout=0.3, seed=seed) for seed in range(300)])
+    assert drawn.mean() == pytest.approx(0.3, abs=0.05)
+    assert withheld(items, state_dropout=0.3, seed=4) == withheld(items, state_dropout=0.3, seed=4)
+    assert withheld(items, state_dropout=0.3)[1:] == withheld(items[1:], state_dropout=0.3)
+    assert 4 < sum(withheld([items[0] | {"epoch": epoch}], state_dropout=0.5)[0] for epoch in range(40)) < 36
+    assert torch.equal(collator(items)["state"], told)  # the items are as they were
+
+
 @pytest.mark.parametrize("cameras", ["wrist", []])
 def test_cameras_are_a_list(cameras):
     with pytest.raises(ValueError, match="Expected a list of cameras, one or more, came"):

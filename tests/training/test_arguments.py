@@ -103,6 +103,7 @@ def test_the_command_line_overrides_the_file():
         ({"data.cameras.0.intrinsics": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}, "came both"),
         ({"data.camera_dropout": 0.5}, "and 0 for one camera alone, came 0.5 for"),
         ({"data.cameras.0.name": "wrist", "data.camera_dropout": 1.0}, "camera_dropout from 0 to below 1"),
+        ({"data.state_dropout": 0.5}, "and 0 where data.state is not given, came 0.5"),
         ({"training.learning_rates.head": 0.0}, "training.learning_rates.head above 0, came 0.0"),
         ({"training.learning_rates.heads": 1e-4}, "came 'heads'. Did you mean head?"),
         ({"model.dtype": "bfloat16"}, "leave model.dtype float32, and set training.bf16: true"),

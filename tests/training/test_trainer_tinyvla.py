@@ -152,6 +152,20 @@ def test_training_seeds_every_process_anew(make_recipe, tmp_path, monkeypatch):
     assert seeds == [0]
 
 
+def test_training_withholds_states_and_evaluation_none(make_recipe, tmp_path, monkeypatch):
+    kept = {}
+    monkeypatch.setattr(VLATrainer, "train", lambda self, **kwargs: kept.update(trainer=self) or 1 / 0)
+    options = {"data__state_dropout": 0.5, "training__per_device_train_batch_size": 32}
+    with pytest.raises(ZeroDivisionError):
+        train(make_recipe(tmp_path, "tinyvla_tiny", **options))
+    trainer = kept["trainer"]
+    withheld = [
+        (next(iter(batches))["state"] == 0).all(-1).float().mean().item()
+        for batches in (trainer.get_train_dataloader(), trainer.get_eval_dataloader())
+    ]
+    assert 0.2 < withheld[0] < 0.8 and withheld[1] == 0
+
+
 @pytest.mark.parametrize("family", ["tinyvla", "pi0_vla"])
 def test_training_withholds_cameras_and_evaluation_none(family, make_recipe, tmp_path, monkeypatch):
     kept = {}

@@ -10,6 +10,8 @@ from hf_vla.data import schema
 from hf_vla.data.mixture import DATASET, EPOCH
 from hf_vla.data.tail import hold_tail
 
+STATE_DRAWS = 1  # beside those of cameras, which have no number
+
 
 class VLACollator:
     """Stacks dataset items and hands them to the processor, with their actions as training targets.
@@ -45,13 +47,17 @@ class VLACollator:
         self.with_state = with_state
         self.terminates = getattr(getattr(processor, "action_codec", None), "terminates", False)
 
-    def __call__(self, items: Sequence[dict], camera_dropout: float = 0.0, seed: int = 0):
+    def __call__(
+        self, items: Sequence[dict], camera_dropout: float = 0.0, state_dropout: float = 0.0, seed: int = 0
+    ):
         """Make a training batch.
 
         Args:
             items (`Sequence[dict]`): of the dataset.
             camera_dropout (`float`): probability with which each camera of a sample that has several is withheld,
                 though never all of them.
+            state_dropout (`float`): probability with which the state of a sample is withheld: 0, the middle of the
+                normalised range, stands in its place.
             seed (`int`): settles, together with each item's dataset, row and epoch, which are withheld: a run that is
                 resumed, or divided among processes and workers, withholds the same.
 
@@ -65,7 +71,11 @@ class VLACollator:
             targets["reasoning"] = [self._reasoning(item) for item in items]
         if camera_dropout:
             items = [self._withhold(item, camera_dropout, seed) for item in items]
-        return self._process(items, **targets)
+        batch = self._process(items, **targets)
+        if state_dropout and self.with_state:
+            out = [self._generator(item, seed, STATE_DRAWS).random() < state_dropout for item in items]
+            batch["state"][torch.tensor(out)] = 0
+        return batch
 
     def prompts(self, items: Sequence[dict]) -> dict:
         """Make a batch to predict on: the prompts as `inputs`, beside `actions` and `action_mask` to compare with."""
@@ -126,12 +136,15 @@ class VLACollator:
 
     def _withhold(self, item, probability, seed):
         there = [key for key in self.camera_keys if item[key] is not None]
-        name = zlib.crc32(str(item.get(DATASET, self.unnorm_key)).encode())
-        generator = np.random.default_rng([seed, item.get(EPOCH, 0), name, int(item["index"])])
+        generator = self._generator(item, seed)
         withheld = generator.random(len(there)) < probability
         if there and withheld.all():
             withheld[generator.integers(len(there))] = False
         return item | {key: None for key, out in zip(there, withheld, strict=True) if out}
+
+    def _generator(self, item, seed, *draws):
+        name = zlib.crc32(str(item.get(DATASET, self.unnorm_key)).encode())
+        return np.random.default_rng([seed, item.get(EPOCH, 0), name, int(item["index"]), *draws])
 
     def _pictures(self, item):
         if len(self.camera_keys) == 1:

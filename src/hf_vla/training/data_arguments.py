@@ -148,6 +148,8 @@ class DataArguments:
             something from its own training is made to act without a word, unless `model.new_embodiment` freezes it.
         camera_dropout (`float`): probability, below 1, with which each of several cameras is withheld from a training
             sample, though never all of them: so a model learns to act when one is missing.
+        state_dropout (`float`): probability, below 1, with which the state is withheld from a training sample: a model
+            that is told its state every time may never learn to look, see `hf-vla eval --probe blank`.
         filters (`FilterArguments`, *optional*): rows and episodes to leave out of the training; what was left out, and
             why, is written to `data_report.json` in `training.output_dir`.
         shuffle (`str`, *optional*): order of the training rows: "rows", any row after any other, or "windows", which
@@ -177,6 +179,7 @@ class DataArguments:
     n_obs_steps: int = 1
     reasoning: str | None = None
     camera_dropout: float = 0.0
+    state_dropout: float = 0.0
     filters: FilterArguments | None = None
     shuffle: str | None = None
     streaming: bool = False
@@ -218,6 +221,11 @@ class DataArguments:
             raise ValueError(
                 f"Expected data.camera_dropout from 0 to below 1, and 0 for one camera alone, came "
                 f"{self.camera_dropout} for {self.roles}."
+            )
+        if not 0 <= self.state_dropout < 1 or (self.state_dropout and self.datasets[0].state is None):
+            raise ValueError(
+                f"Expected data.state_dropout from 0 to below 1, and 0 where data.state is not given, came "
+                f"{self.state_dropout}."
             )
 
     def _of_mixture(self) -> list[DatasetArguments]:

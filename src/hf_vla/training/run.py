@@ -55,6 +55,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         processing_class=processor,
         train_sampler=sampler(recipe, datasets, train_set),
         camera_dropout=data.camera_dropout,
+        state_dropout=data.state_dropout,
         callbacks=[SeedOfProcess(), StopOnTermination(), *callbacks],
         recipe=recipe,
     )

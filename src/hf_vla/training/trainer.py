@@ -42,7 +42,7 @@ class VLATrainer(DurableTrainer):
     Args:
         train_sampler (`torch.utils.data.Sampler`, *optional*): order of the training rows, with a `set_epoch`; the
             Trainer's own by default.
-        camera_dropout (`float`): of training batches, see [`~hf_vla.data.collator.VLACollator`].
+        camera_dropout, state_dropout (`float`): of training batches, see [`~hf_vla.data.collator.VLACollator`].
         own_words (`bool`, *optional*): learn under the reasonings that the model itself says, as it acts under them.
             Each step then waits for them. By default so with a model that says some, has a frozen backbone (after
             `train_embodiment`, for example) and a collator that gives it none.
@@ -57,12 +57,14 @@ class VLATrainer(DurableTrainer):
         *args,
         train_sampler: Sampler | None = None,
         camera_dropout: float = 0.0,
+        state_dropout: float = 0.0,
         own_words: bool | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.train_sampler = train_sampler
-        self.camera_dropout, self.own_words = camera_dropout, self._under_own_words(own_words)
+        self.withheld = {"camera_dropout": camera_dropout, "state_dropout": state_dropout}
+        self.own_words = self._under_own_words(own_words)
         self._loss_parts, self._num_steps, self._eval_loss_parts = {}, 0.0, {}
         self._learning_rates = {}
         if self.args.ema_decay is not None:
@@ -137,10 +139,10 @@ class VLATrainer(DurableTrainer):
         return estimate
 
     def get_train_dataloader(self):
-        """Return the Trainer's, whose batches alone withhold cameras."""
+        """Return the Trainer's, whose batches alone withhold cameras and states."""
         collator = self.data_collator
-        if self.camera_dropout:
-            self.data_collator = partial(collator, camera_dropout=self.camera_dropout, seed=self.args.seed)
+        if any(self.withheld.values()):
+            self.data_collator = partial(collator, **self.withheld, seed=self.args.seed)
         try:
             return super().get_train_dataloader()
         finally:
