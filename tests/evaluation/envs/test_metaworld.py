@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from hf_vla.evaluation.envs.base import FIRST_RECORDING_SEED
+from hf_vla.evaluation.envs.experts.registry import expert
 from hf_vla.evaluation.envs.metaworld import INSTRUCTIONS, MT10, MetaWorldTask
 
 pytestmark = pytest.mark.sim
@@ -23,6 +25,22 @@ def test_splits_are_those_of_the_literature():
     assert sizes == {"easy": 28, "medium": 11, "hard": 6, "very_hard": 5, "mt10": 10, "mt50": 50}
     assert set(splits["mt50"]) == set(ALL_V3_ENVIRONMENTS) == set(MetaWorldTask.tasks())
     assert set(MT10) < set(splits["mt50"])
+
+
+def test_the_easiest_are_those_that_the_expert_does_soonest():
+    steps = {}
+    for task in MetaWorldTask.splits()["easy"]:
+        env = MetaWorldTask(task, {"corner4": (8, 8)})
+        actor, lengths = expert("metaworld")(env), []
+        for seed in range(FIRST_RECORDING_SEED, FIRST_RECORDING_SEED + 10):
+            env.restart(seed)
+            actor.reset()
+            while not any(env.advance(actor.act())):
+                pass
+            lengths.append(env.episode_length)
+        steps[task] = np.mean(lengths)
+        env.close()
+    assert sorted(steps, key=steps.get)[:10] == sorted(MetaWorldTask.splits()["easiest"], key=steps.get)
 
 
 def test_fifty_instructions_are_distinct():
