@@ -47,9 +47,7 @@ class VLACollator:
         self.with_state = with_state
         self.terminates = getattr(getattr(processor, "action_codec", None), "terminates", False)
 
-    def __call__(
-        self, items: Sequence[dict], camera_dropout: float = 0.0, state_dropout: float = 0.0, seed: int = 0
-    ):
+    def __call__(self, items: Sequence[dict], camera_dropout: float = 0.0, state_dropout: float = 0.0, seed: int = 0):
         """Make a training batch.
 
         Args:

@@ -74,6 +74,8 @@ class ModelArguments:
         depth_model (`str`, *optional*): folder or Hub name of the ZoeDepth that tells a SpatialVLA of a preset how far
             things are, `Intel/zoedepth-nyu-kitti` for example, or what `scripts/train_depth.py` wrote; without it, an
             untrained one, or the robot's own depth with `config: {use_vision_zoe: false, use_ego3d: true}`.
+        vision_model (`str`, *optional*): folder or Hub name of the SigLIP that a SpatialVLA of a preset begins to see
+            with, `google/siglip-base-patch16-224` for example; without it, an untrained one.
         adapt_grid (`bool`): fit a checkpoint's grid anew to this dataset and move its spatial embeddings along.
         decoding (`str`, *optional*): with `path`, "discrete_diffusion": a SpatialVLA that generates token by token
             learns to fill in a chunk at once, see
@@ -102,6 +104,7 @@ class ModelArguments:
     grid: GridArguments | None = None
     action_tokenizer: dict[str, Any] | None = None
     depth_model: str | None = None
+    vision_model: str | None = None
     adapt_grid: bool = False
     decoding: str | None = None
     lora: LoraArguments | None = None
@@ -148,8 +151,9 @@ class ModelArguments:
             raise ValueError("A model emits tokens of one kind: give model.grid or model.action_tokenizer, not both.")
         if self.path is not None and self.action_tokenizer is not None:
             raise ValueError("A checkpoint keeps its own action tokenizer: leave model.action_tokenizer out.")
-        if self.path is not None and self.depth_model is not None:
-            raise ValueError("A checkpoint keeps its own depth model: leave model.depth_model out.")
+        for name in ("depth_model", "vision_model"):
+            if self.path is not None and getattr(self, name) is not None:
+                raise ValueError(f"A checkpoint keeps its own {name.replace('_', ' ')}: leave model.{name} out.")
         if self.path is not None and self.grid is not None and not self.adapt_grid:
             raise ValueError("A checkpoint keeps its own grid: leave model.grid out, or set model.adapt_grid: true.")
         if self.path is not None and self.config:

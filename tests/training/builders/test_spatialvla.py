@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForDepthEstimation, DPTConfig, DPTForDepthEstimation
+from transformers import (
+    AutoModel,
+    AutoModelForDepthEstimation,
+    DPTConfig,
+    DPTForDepthEstimation,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from hf_vla.actions.tokenizers.registry import ACTION_TOKENIZERS
 from hf_vla.data.collator import VLACollator
@@ -169,6 +178,35 @@ def test_a_depth_model_that_lacks_weights(zoe, make_recipe, tmp_path):
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="zoedepth that lacks .'metric_head.conv2.weight'."):
         make(make_recipe(tmp_path / "out", model__depth_model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["vision", "vision and text"])
+def test_a_vision_model_of_its_own(pair, make_recipe, tmp_path):
+    size = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    seen = size | {"image_size": 96, "patch_size": 12}
+    if pair:
+        text = size | {"vocab_size": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        known = SiglipModel(SiglipConfig(text_config=text, vision_config=seen))
+        vision = known.vision_model
+    else:
+        known = vision = SiglipVisionModel(SiglipVisionConfig(**seen))
+    known.save_pretrained(tmp_path / "siglip")
+    model, processor = make(make_recipe(tmp_path, model__vision_model=str(tmp_path / "siglip")))
+    assert processor.image_processor.size["height"] == 96 and model.config.num_image_tokens == 64
+    theirs = vision.state_dict()
+    for name, weight in model.vision_tower.state_dict().items():
+        assert torch.equal(weight, theirs[name])
+
+
+def test_vision_models_that_are_no_use(zoe, make_recipe, tmp_path):
+    def refused(message, error=ValueError, recipe="spatialvla_tiny", source=zoe, **overrides):
+        with pytest.raises(error, match=message):
+            make(make_recipe(tmp_path, recipe, model__vision_model=str(source), **overrides))
+
+    refused("Expected model.vision_model to be a whole SigLIP, .* lacks .* of its weights")
+    refused("no such folder", FileNotFoundError, source=tmp_path / "none")
+    refused("tinyvla takes no model.vision_model", recipe="rt1")
+    refused("A checkpoint keeps its own vision model", model__preset=None, model__grid=None, model__path="x")
 
 
 @pytest.fixture(scope="module")

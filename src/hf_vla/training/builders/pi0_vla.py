@@ -39,6 +39,7 @@ def build_pi0_vla(arguments: ModelArguments, facts: DataFacts):
         model__adapt_grid=arguments.adapt_grid,
         model__action_tokenizer=arguments.action_tokenizer,
         model__depth_model=arguments.depth_model,
+        model__vision_model=arguments.vision_model,
         model__decoding=arguments.decoding,
         model__backbone=arguments.backbone,
     )

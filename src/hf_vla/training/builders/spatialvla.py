@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForDepthEstimation
+from transformers import AutoModelForDepthEstimation, SiglipVisionModel
 
 from hf_vla.actions.codec import ActionCodec
 from hf_vla.actions.tokenizers.base import ActionTokenizer, FixedLengthTokenizer
@@ -77,8 +77,11 @@ def _new(arguments: ModelArguments, facts: DataFacts):
     dictionaries["action_config"]["tokenizer"] = tokenizer.to_dict() | {"type": tokenizer.type}
     given = {**{name: dictionaries["action_config"][name] for name in SHARED}, **token_fields(tokenizer)}
     depth_model = None if arguments.depth_model is None else _load_depth_model(arguments)
+    vision_model = None if arguments.vision_model is None else _load_vision_model(arguments)
     if depth_model is not None:
         given["vision_zoe_config"] = depth_model.config
+    if vision_model is not None:
+        given["vision_config"] = vision_model.config
     overrides = config_overrides(arguments, SpatialVLAConfig, given)
     if depth_model is not None:  # it shall see pictures as large as those that it was trained on
         overrides.setdefault("zoe_image_size", depth_model.config.backbone_config.image_size)
@@ -89,6 +92,8 @@ def _new(arguments: ModelArguments, facts: DataFacts):
     model = SpatialVLAForConditionalGeneration(config)
     if depth_model is not None:
         model.vision_zoe_model.load_state_dict(depth_model.state_dict())
+    if vision_model is not None:
+        model.vision_tower.load_state_dict(vision_model.state_dict())
     model.to(getattr(torch, arguments.dtype))
     model.set_action_tokenizer(tokenizer, facts.chunk_size)
     return model, SpatialVLAProcessor.from_scratch(config, **dictionaries)
@@ -108,6 +113,23 @@ def _load_depth_model(arguments: ModelArguments):
         raise ValueError(
             f"Expected model.depth_model to be a whole ZoeDepth, {arguments.depth_model!r} is a "
             f"{model.config.model_type} that lacks {sorted(info['missing_keys'])[:5]}."
+        )
+    return model
+
+
+def _load_vision_model(arguments: ModelArguments):
+    """The recipe's vision model, or that of the pair of text and vision that it is.
+
+    Raises:
+        ValueError: weights are missing, as of all that are no SigLIP.
+    """
+    source = arguments.vision_model
+    check_folder(source, f"model.vision_model {source!r}")
+    model, info = SiglipVisionModel.from_pretrained(source, vision_use_head=False, output_loading_info=True)
+    if wrong := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]):
+        raise ValueError(
+            f"Expected model.vision_model to be a whole SigLIP, {source!r} lacks {len(wrong)} of its weights, or has "
+            f"them in another shape, among them {wrong[:5]}."
         )
     return model
 

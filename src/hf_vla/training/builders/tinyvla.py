@@ -42,6 +42,7 @@ def build_tinyvla(arguments: ModelArguments, facts: DataFacts):
         model__adapt_grid=arguments.adapt_grid,
         model__action_tokenizer=arguments.action_tokenizer,
         model__depth_model=arguments.depth_model,
+        model__vision_model=arguments.vision_model,
         model__decoding=arguments.decoding,
     )
     refuse_reasoning("tinyvla", arguments, facts)

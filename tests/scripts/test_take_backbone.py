@@ -1,0 +1,54 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, SiglipVisionModel
+
+from hf_vla.training.builders.registry import build
+from hf_vla.training.datasets import open_datasets
+from hf_vla.training.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def make(name, **overrides):
+    recipe = load_recipe(
+        ROOT / "scripts" / "recipes" / f"{name}.yaml", {key.replace("__", "."): v for key, v in overrides.items()}
+    )
+    return build(recipe, open_datasets(recipe.data))
+
+
+@pytest.fixture
+def take(monkeypatch):
+    spec = importlib.util.spec_from_file_location("take_backbone", ROOT / "scripts" / "take_backbone.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(ROOT)
+    return lambda source, out: module.main([str(source), str(out)])
+
+
+def test_others_begin_with_what_a_tinyvla_sees(take, tmp_path):
+    tinyvla = make("tinyvla_tiny")
+    for part in tinyvla:
+        part.save_pretrained(tmp_path / "tinyvla")
+    backbone, out = tinyvla[0].backbone, tmp_path / "vlm"
+    take(tmp_path / "tinyvla", out)
+    assert AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)[1]["missing_keys"] == set()
+    divla, processor = make("divla_tiny", model__preset=None, model__config=None, model__backbone=str(out))
+    for name, weight in backbone.state_dict().items():
+        assert torch.equal(divla.backbone.model.state_dict()[name], weight)
+    words = divla.backbone.get_output_embeddings().weight
+    assert torch.equal(words, backbone.get_input_embeddings().weight[: len(words)])
+    assert processor.tokenizer("move left").input_ids == tinyvla[1].tokenizer("move left").input_ids
+    vision = SiglipVisionModel.from_pretrained(out / "vision", vision_use_head=False).state_dict()
+    assert all(torch.equal(backbone.vision_tower.state_dict()[name], weight) for name, weight in vision.items())
+    spatialvla, _ = make("spatialvla_tiny", model__vision_model=str(out / "vision"))
+    assert all(torch.equal(spatialvla.vision_tower.state_dict()[name], weight) for name, weight in vision.items())
+
+
+def test_it_takes_from_a_tinyvla_alone(take, tmp_path):
+    for part in make("spatialvla_tiny"):
+        part.save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match="Expected a TinyVLA, .* is a spatialvla"):
+        take(tmp_path / "other", tmp_path / "vlm")
