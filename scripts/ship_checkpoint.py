@@ -1,6 +1,6 @@
 """Make a trained checkpoint ready to be given away: small, whole, with a model card and a frame to try it on.
 
-    python scripts/ship_checkpoint.py outputs/mine/model tinyvla_metaworld --report outputs/eval/mine
+    python scripts/ship_checkpoint.py outputs/mine tinyvla_metaworld --report outputs/eval/mine
 
 writes spaces/action_demo/checkpoints/tinyvla_metaworld anew: weights in float16 (half the bytes; config.json says
 float32, so that AutoModel computes in float32, as CPUs like it), configuration, processor, README.md, frame.json with

@@ -253,7 +253,8 @@ class Policy:
 
     def _settle(self, observation, reasoning, output):
         """Keep what a prediction leaves behind."""
-        self.remember(observation)
+        if self._past.maxlen:  # else nothing is kept, and to check the observation once more takes time
+            self.remember(observation)
         if reasoning is not None:
             self.reasoning, self._due = reasoning.strip(), 0  # as the processor strips it
         elif self._recalls(observation, reasoning):

@@ -54,6 +54,8 @@ def test_evaluates_reports_and_compares(point, checkpoint, tmp_path):
         assert text in done.output
     protocol = json.loads((tmp_path / "a" / "protocol.json").read_text())
     assert protocol["n_action_steps"] == 2 and protocol["checkpoint"] == str(checkpoint)
+    report = (tmp_path / "a" / "report.md").read_text()
+    assert "--device cpu --horizon 5 --batch-size 4 --n-action-steps 2 --probe blank" in report
     lines = [json.loads(line) for line in (tmp_path / "a" / "episodes.jsonl").read_text().splitlines()]
     assert sorted((each["probe"], each["task"], each["seed"]) for each in lines) == [
         (probe, task, seed) for probe in ("blank", "none") for task in ("left", "right") for seed in (0, 1)
@@ -69,6 +71,33 @@ def test_evaluates_reports_and_compares(point, checkpoint, tmp_path):
 def test_says_what_is_missing():
     done = invoke("--model", "x", "--tasks", "easy")
     assert done.exit_code == 2 and "Missing --env" in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--compare", "a", "b", "--model", "x", "--out", "y"), "no use for --model, --out"),
+        (("--model", "x", "--open-loop", "y", "--card", "--probe", "blank"), "no use for --card, --probe"),
+    ],
+)
+def test_says_what_has_no_use(checkpoint, words, said):
+    words = [checkpoint if word == "x" and "--open-loop" in words else word for word in words]
+    done = invoke(*words)
+    assert done.exit_code == 2 and said in " ".join(done.output.replace("│", "").split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--probe", "blnk"), "Did you mean 'blank'"),
+        (("--probe", "swap"), "select more than 'left'"),
+        (("--open-loop", "nowhere"), "nowhere"),
+    ],
+)
+def test_says_before_any_episode_what_cannot_be_run(point, checkpoint, tmp_path, words, said):
+    plan = ("--model", checkpoint, "--env", "point", "--tasks", "one", "--out", tmp_path, "--device", "cpu")
+    done = invoke(*plan, *words)
+    assert done.exit_code == 1 and said in done.output and not list(tmp_path.iterdir())
 
 
 def test_says_which_simulators_there_are(point, checkpoint):

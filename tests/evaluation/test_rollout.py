@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("gymnasium")
 
-from hf_vla.evaluation.protocol import EvaluationPlan  # noqa: E402
+from hf_vla.evaluation.protocol import EvaluationPlan, config_sha256  # noqa: E402
 from hf_vla.evaluation.records import EPISODES, read_records  # noqa: E402
 from hf_vla.evaluation.rollout import evaluate  # noqa: E402
 from hf_vla.policy import Policy  # noqa: E402
@@ -258,12 +258,30 @@ def test_a_checkpoint_is_what_it_holds_not_what_it_is_called(tiny, run, tmp_path
     values[0] += 0.01
     with pytest.raises(ValueError, match="differs in config_sha256"):
         evaluate(model, processor, plan, tmp_path / "out", "tiny")
+    for change in (lambda tokenizer: tokenizer.add_tokens(["Go"]), lambda one: setattr(one, "chat_template", "x")):
+        processor = deepcopy(tiny[1])
+        same = config_sha256(model, processor)
+        processor.tokenizer("a", padding="max_length", max_length=7)
+        assert config_sha256(model, processor) == same
+        change(processor.tokenizer)
+        assert config_sha256(model, processor) != same
 
 
-@pytest.mark.parametrize("options", [{"episodes": 0}, {"horizon": 0}, {"seed": -1}, {"rendering": "nice"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"episodes": 0}, {"horizon": 0}, {"seed": -1}, {"rendering": "nice"}, {"seed": 999_990, "episodes": 11}],
+)
 def test_a_plan_that_is_none(point, options):
     with pytest.raises(ValueError, match="Expected"):
         EvaluationPlan("point", "both", **options)
+
+
+def test_initial_states_are_not_repeated():
+    EvaluationPlan("libero", "libero_spatial", 50)
+    EvaluationPlan("simpler", "widowx_put_eggplant_in_basket", 64)
+    for env, selection, starts in (("libero", "libero_spatial", 50), ("simpler", "widowx_stack_cube", 24)):
+        with pytest.raises(ValueError, match=f"has {starts} initial states"):
+            EvaluationPlan(env, selection, starts + 1)
 
 
 SCRIPT = """

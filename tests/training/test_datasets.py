@@ -14,6 +14,7 @@ from hf_vla.actions.spec import CameraSpec
 from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.data.oxe import oxe_dataset
 from hf_vla.data.recorder import LeRobotRecorder
+from hf_vla.data.tail import hold_tail
 from hf_vla.policy import Policy
 from hf_vla.training.builders.registry import build
 from hf_vla.training.datasets import join, open_datasets, write_report
@@ -335,6 +336,20 @@ def test_families_of_one_observation_say_so(family, make_recipe, tmp_path):
     recipe = make_recipe(tmp_path, f"{family}_tiny", data__n_obs_steps=2)
     with pytest.raises(ValueError, match=f"{family} takes no data.n_obs_steps: it sees the present alone"):
         build(recipe, open_datasets(recipe.data))
+
+
+@pytest.mark.parametrize("tail", ["mask", "hold"])
+def test_tokens_are_fitted_to_the_chunks_that_are_learnt(tail, make_recipe, tmp_path):
+    recipe = make_recipe(tmp_path, "tinyvla_tiny", data__chunk_tail=tail)
+    (opened,) = open_datasets(recipe.data)
+    (facts,) = data_facts(recipe.data, [opened]).datasets.values()
+    assert len(facts.chunks) == len(opened.train_rows)
+    for place in (0, 40, -1):
+        item = opened.episodes[int(opened.train_rows[place])]
+        wanted = item["action"].numpy()
+        if tail == "hold":
+            wanted = hold_tail(wanted, item["action_is_pad"].numpy(), facts.action_spec)
+        np.testing.assert_array_equal(facts.chunks[place], wanted)
 
 
 def test_columns_may_have_other_names(make_recipe, demos, tmp_path):

@@ -63,6 +63,8 @@ def evaluate(
 
     console = Console()
     if compare is not None:
+        others = {"--model": model, "--env": env, "--tasks": tasks, "--open-loop": open_loop, "--out": out}
+        refuse("--compare", **others)
         from hf_vla.evaluation.comparison import compare as compare_folders
 
         console.print(compare_folders(*compare)[0], soft_wrap=True, markup=False, highlight=False)
@@ -74,10 +76,9 @@ def evaluate(
     if card and not Path(model, "config.json").is_file():
         raise typer.BadParameter(f"Expected a local checkpoint, came {model!r}.", param_hint="--card")
 
-    import os
-
     from hf_vla.evaluation.model_card import add_to_model_card
-    from hf_vla.evaluation.protocol import EvaluationPlan
+    from hf_vla.evaluation.probes import check_probes
+    from hf_vla.evaluation.protocol import EvaluationPlan, available_cores
     from hf_vla.evaluation.report import write_report
     from hf_vla.evaluation.rollout import NO_PROBE
     from hf_vla.evaluation.rollout import evaluate as run
@@ -93,14 +94,18 @@ def evaluate(
     }
     options = {name: value for name, value in options.items() if value is not None}
     if env is None:
+        refuse("--open-loop without --env", **{"--card": card, "--probe": probe, "--videos": videos})
         folder = out or Path("outputs") / "eval" / f"{Path(model).name}-open-loop"
-        compare_open_loop(Policy.from_pretrained(model, device=device, **options), open_loop, folder, console)
+        policy = Policy.from_pretrained(model, device=device, **options)
+        compare_open_loop(policy, open_recorded(policy, open_loop), folder, console)
         return
     plan = EvaluationPlan(
         env, tasks, episodes, seed, horizon, rendering, parse_cameras(camera or []), options, batch_size
     )
     folder = out or Path("outputs") / "eval" / f"{Path(model).name}-{env}-{tasks.replace(',', '-')}"
+    check_probes(probe or [], plan.tasks)
     policy = Policy.from_pretrained(model, device=device, **options)
+    recorded = open_loop and open_recorded(policy, open_loop)  # before hours of episodes, should it not be there
     for name in [NO_PROBE, *(probe or [])]:
         try:
             with Progress(console, plan, name) as progress:
@@ -110,7 +115,7 @@ def evaluate(
                     plan,
                     folder,
                     model,
-                    processes=processes or os.cpu_count(),
+                    processes=processes or available_cores(),
                     envs=envs,
                     probe=name,
                     videos=videos,
@@ -121,24 +126,40 @@ def evaluate(
             console.print(f"Interrupted; the same command goes on with {folder}.", markup=False, highlight=False)
             raise
         console.print(success_table(records, name))
-    if open_loop:
-        compare_open_loop(policy, open_loop, folder, console)
+        write_report(folder)
+    if recorded:
+        compare_open_loop(policy, recorded, folder, console)
     console.print(f"Wrote {write_report(folder)}", highlight=False)
     if card:
         console.print(f"Wrote {add_to_model_card(model, folder)}", highlight=False)
 
 
-def compare_open_loop(policy, dataset, folder, console):
-    """Compare a policy's predictions with a dataset's actions; the result goes where the report finds it."""
+def refuse(what, **options):
+    """Raise where options are given that have no use beside another.
+
+    Raises:
+        typer.BadParameter: it names them.
+    """
+    if given := [name for name, value in options.items() if value]:
+        raise typer.BadParameter(f"{what} has no use for {', '.join(given)}: leave it out.")
+
+
+def open_recorded(policy, dataset):
+    """Open a dataset in chunks as a policy predicts them."""
+    from hf_vla.data.lerobot import LeRobotEpisodes
+
+    return LeRobotEpisodes(dataset, delta_indices={"action": range(policy.processor.action_codec.chunk_size)})
+
+
+def compare_open_loop(policy, recorded, folder, console):
+    """Compare a policy's predictions with recorded actions; the result goes where the report finds it."""
     import json
 
-    from hf_vla.data.lerobot import LeRobotEpisodes
     from hf_vla.evaluation.probes import probe_dataset
     from hf_vla.evaluation.records import write_whole
     from hf_vla.evaluation.report import OPEN_LOOP, open_loop_section
 
-    chunk = range(policy.processor.action_codec.chunk_size)
-    result = probe_dataset(policy, LeRobotEpisodes(dataset, delta_indices={"action": chunk}))
+    result = probe_dataset(policy, recorded)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / OPEN_LOOP, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     console.print(open_loop_section(result), soft_wrap=True, markup=False, highlight=False)

@@ -17,6 +17,7 @@ import numpy as np
 from hf_vla.evaluation.envs.base import FIRST_RECORDING_SEED, RENDERINGS, Expert, SimulatedTask
 from hf_vla.evaluation.envs.experts.registry import expert
 from hf_vla.evaluation.envs.registry import simulator
+from hf_vla.evaluation.workers import SimulatorOptions, die_with_parent
 
 ACTION = "action"
 ATTEMPTS = 3  # a worker that dies or hangs so often over one demonstration will do so again
@@ -77,9 +78,8 @@ class RecordingPlan:
 
     def make(self, task: str) -> SimulatedTask:
         """Build the simulator for a task; see [`~hf_vla.evaluation.envs.base.SimulatedTask`] for what it raises."""
-        env = simulator(self.env)(task, self.cameras, rendering=self.rendering)
-        env.horizon = self.horizon or env.horizon
-        return env
+        options = SimulatorOptions(simulator(self.env), self.cameras, rendering=self.rendering, horizon=self.horizon)
+        return options.make(task)
 
 
 def demonstrate(
@@ -199,8 +199,9 @@ class _Worker:
         if self._process is None or not self._process.is_alive():
             spawn = get_context("spawn")  # a simulator's graphics survive no fork
             self._connection, others = spawn.Pipe()
-            self._process = spawn.Process(target=_work, args=(others, self._plan), daemon=True)
-            self._process.start()
+            process = spawn.Process(target=_work, args=(others, self._plan), daemon=True)
+            process.start()
+            self._process = process  # not before: what has not started cannot be killed
             others.close()  # or the end of the process would go unnoticed
         self._connection.send((done.task, done.seed))
         while True:
@@ -228,6 +229,7 @@ class _Worker:
 def _work(connection, plan):
     """Make the demonstrations asked for through a connection: every frame, and then whether it was a success."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one says so
+    die_with_parent()
     env = None
     try:
         while True:

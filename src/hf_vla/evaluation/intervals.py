@@ -56,9 +56,9 @@ def mean_over_tasks(counts: Collection[tuple[int, int]]) -> Interval:
     """Mean of the success rates of several tasks, each counting alike.
 
     Its interval is Wilson's for as many episodes as would make the mean as sure were all tasks equally hard: all of
-    them, where every task has the same number. Where tasks are of different difficulty the mean is surer than that, so
-    that the interval is rather too wide than too narrow. It speaks of other episodes of these tasks, not of other
-    tasks.
+    them, where every task has the same number. Where such tasks are of different difficulty the mean is surer than
+    that, so that the interval is rather too wide than too narrow. It speaks of other episodes of these tasks, not of
+    other tasks.
 
     Args:
         counts (`Collection[tuple[int, int]]`): successes and trials of each task.

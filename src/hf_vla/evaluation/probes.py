@@ -5,7 +5,7 @@ same did not need what was taken away. `probe_dataset` needs no simulator: how f
 actions, and how much they change under each probe.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.data.schema import ACTION, PAD_SUFFIX
+from hf_vla.evaluation.envs.base import check_known
 from hf_vla.models.images import to_rgb
 from hf_vla.policy import DEPTH, IMAGES, TASK, Policy
 
@@ -58,6 +59,18 @@ def swap(observation: dict[str, Any], context: ProbeContext) -> dict[str, Any]:
             f"Expected several tasks, to swap their instructions, came only {own!r}; select more of them."
         )
     return {**observation, TASK: texts[(texts.index(own) + len(texts) // 2) % len(texts)]}
+
+
+def check_probes(names: Sequence[str], tasks: Sequence[str]) -> None:
+    """Check that probes can be run over a selection of tasks, before anything is run.
+
+    Raises:
+        ValueError: one is unknown, or there is no other instruction to swap with.
+    """
+    for name in names:
+        check_known("probe", name, PROBES)
+    if "swap" in names and len(tasks) == 1:
+        raise ValueError(f"The probe 'swap' gives a task another's instruction: select more than {tasks[0]!r}.")
 
 
 def noise(observation: dict[str, Any], context: ProbeContext) -> dict[str, Any]:

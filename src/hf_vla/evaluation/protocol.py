@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hf_vla.evaluation.contract import CameraPlan, ends_differ
-from hf_vla.evaluation.envs.base import RENDERINGS
+from hf_vla.evaluation.envs.base import FIRST_RECORDING_SEED, RENDERINGS
 from hf_vla.evaluation.envs.registry import simulator
 from hf_vla.evaluation.workers import Begun
 from hf_vla.policy import Policy
@@ -61,7 +61,18 @@ class EvaluationPlan:
                 "Expected episodes, horizon and batch_size of 1 or more and a seed of 0 or more, came "
                 f"{self.episodes}, {self.horizon}, {self.batch_size} and {self.seed}."
             )
-        _ = self.tasks
+        if self.seeds.stop > FIRST_RECORDING_SEED:
+            raise ValueError(
+                f"Expected seeds below {FIRST_RECORDING_SEED:,}, came {self.seed:,} and {self.episodes - 1:,} after "
+                "it: demonstrations begin with the seeds above."
+            )
+        for task in self.tasks:
+            starts = simulator(self.env).count_starts(task)
+            if starts is not None and self.episodes > starts:
+                raise ValueError(
+                    f"{self.env}'s {task} has {starts} initial states, of which {self.episodes} episodes would repeat "
+                    f"some as if they were others: give {starts} episodes or fewer."
+                )
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -112,7 +123,7 @@ def describe(plan: EvaluationPlan, policy: Policy, checkpoint: str, cameras: Cam
         "device": _device(policy.model.device),
         "machine": f"{_processor()}, {platform.system()}, Python {platform.python_version()}",
         "versions": {name: version(name) for name in packages} | robot.versions,
-        "command": _command(plan, checkpoint),
+        "command": _command(plan, checkpoint, policy.model.device),
     }
 
 
@@ -126,11 +137,18 @@ def weights_sha256(model: torch.nn.Module) -> str:
 
 
 def config_sha256(model, processor) -> str:
-    """SHA-256 of everything else in a checkpoint: the model's configuration, and the processor's with its statistics.
+    """SHA-256 of everything else in a checkpoint.
 
+    That is the model's configuration, the processor's with its statistics, and the tokenizer with its chat template.
     Where it was loaded from, and the transformers that wrote it, are left out.
     """
-    said = {"model": model.config.to_dict(), "processor": processor.to_dict()}
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    said = {
+        "model": model.config.to_dict(),
+        "processor": processor.to_dict(),
+        "tokenizer": tokenizer | dict.fromkeys(("padding", "truncation")),  # those of the last call
+        "chat_template": [processor.chat_template, processor.tokenizer.chat_template],
+    }
     return hashlib.sha256(json.dumps(_lasting(said), sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -159,18 +177,26 @@ def _device(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def available_cores() -> int:
+    """How many cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1
+
+
 def _processor():
-    """Name of the processor, and how many cores this process may use."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {next(iter(names), platform.processor() or platform.machine())}"
+    return f"{available_cores()} cores of {next(iter(names), platform.processor() or platform.machine())}"
 
 
-def _command(plan, checkpoint):
+def _command(plan, checkpoint, device):
     """The command line that repeats the evaluation."""
     words = ["hf-vla", "eval", "--model", checkpoint, "--env", plan.env, "--tasks", plan.selection]
     words += ["--episodes", str(plan.episodes), "--seed", str(plan.seed), "--rendering", plan.rendering]
+    words += ["--device", device.type]
     options = {"horizon": plan.horizon, "batch_size": plan.batch_size, **plan.policy_options}
     options["ensemble"] = options.pop("ensemble_coefficient", None)
     for name, value in options.items():

@@ -179,6 +179,7 @@ def protocol_section(report: dict[str, Any]) -> str:
     rows = [["`seeds`", seeds], *([f"`{name}`", _text(value)] for name, value in flatten(shown).items())]
     parts = [table(("", ""), rows, numbers=False)]
     if command := protocol.get("command"):
+        command += "".join(f" --probe {name}" for name in report["probes"])
         parts.append(f"To repeat it:\n\n```bash\n{command}\n```")
     return "\n\n".join(parts)
 
@@ -259,7 +260,8 @@ def _as_markdown(report):
         results_table(report),
         f"![Success by task]({PICTURE})",
         "Intervals are Wilson's; that of the mean over tasks is what it would be were all tasks equally hard, and so "
-        "rather too wide. They speak of other episodes of these tasks, not of other tasks, nor of training anew.",
+        "rather too wide, where every task has the same number of episodes. They speak of other episodes of these "
+        "tasks, not of other tasks, nor of training anew.",
         *probe_sections(report),
         "## Time",
         f"{timing} Machine: {', '.join(map(str, machine.values())) or 'not said'}.",

@@ -6,17 +6,17 @@ matter of timing; what comes out is not: an episode follows from its task and se
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from hf_vla.actions.spec import ActionSpec
 from hf_vla.evaluation.contract import CameraPlan, check_contract, convert_gripper, plan_cameras
-from hf_vla.evaluation.envs.base import check_known
 from hf_vla.evaluation.envs.registry import simulator
-from hf_vla.evaluation.probes import PROBES, ProbeContext
+from hf_vla.evaluation.probes import PROBES, ProbeContext, check_probes
 from hf_vla.evaluation.protocol import EvaluationPlan, describe
 from hf_vla.evaluation.records import EpisodeRecord, RecordWriter
 from hf_vla.evaluation.videos import Film
@@ -91,7 +91,7 @@ def evaluate(
         ChildProcessError: a simulator raises, crashes or hangs three times over an episode.
     """
     if probe != NO_PROBE:
-        check_known("probe", probe, PROBES)
+        check_probes([probe], plan.tasks)
     envs = 2 * max(plan.batch_size, processes) if envs is None else envs
     if min(processes, envs) < 1 or videos < 0:
         raise ValueError(
@@ -117,13 +117,23 @@ def evaluate(
                 for record in writer.records:
                     if record.probe == probe:
                         on_episode(record)
-                rollout = _Rollout(model, processor, plan, workers, writer, cameras, probe, instructions, on_episode)
-                rollout.film(Path(folder) / "videos", videos, video_suffix)
+                films = Films(Path(folder) / "videos", video_suffix, plan.seeds[:videos])
+                rollout = _Rollout(
+                    model, processor, plan, workers, writer, cameras, films, probe, instructions, on_episode
+                )
                 rollout.run(range(envs))
                 records = {(each.task, each.seed): each for each in writer.records if each.probe == probe}
     finally:
         torch.set_num_threads(threads)
     return [records[task, seed] for task in plan.tasks for seed in plan.seeds]
+
+
+class Films(NamedTuple):
+    """Where films go, their kind, and the seeds of every task that are filmed."""
+
+    folder: Path
+    suffix: str
+    seeds: Sequence[int]
 
 
 class _Rollout:
@@ -137,6 +147,7 @@ class _Rollout:
         workers: EnvironmentWorkers,
         writer: RecordWriter,
         cameras: CameraPlan,
+        films: Films,
         probe: str,
         instructions: tuple[str, ...],
         on_episode: Callable[[EpisodeRecord], None],
@@ -146,18 +157,17 @@ class _Rollout:
         self._probe, self._instructions, self._on_episode = probe, instructions, on_episode
         self._active: dict[int, _Episode] = {}
         self._done = {(each.task, each.seed) for each in writer.records if each.probe == probe}
-
-    def film(self, folder: Path, videos: int, suffix: str) -> None:
-        """Say which episodes are filmed: the first of every task."""
-        self._videos, self._suffix, self._filmed = folder, suffix, self._plan.seeds[:videos]
-        if videos:
-            folder.mkdir(parents=True, exist_ok=True)
+        self._films = films
+        if films.seeds:
+            films.folder.mkdir(parents=True, exist_ok=True)
 
     def run(self, envs) -> None:
         """Run all episodes that are not recorded, or that a film is missing of."""
         pending = {
             task: deque(
-                _Episode(task, seed, seed in self._filmed) for seed in self._plan.seeds if self._is_due(task, seed)
+                _Episode(task, seed, seed in self._films.seeds)
+                for seed in self._plan.seeds
+                if self._is_due(task, seed)
             )
             for task in self._plan.tasks
         }
@@ -171,11 +181,11 @@ class _Rollout:
     def _is_due(self, task, seed):
         if (task, seed) not in self._done:
             return True
-        return seed in self._filmed and not any(self._video(task, seed, end).exists() for end in ENDS)
+        return seed in self._films.seeds and not any(self._video(task, seed, end).exists() for end in ENDS)
 
     def _video(self, task, seed, end):
         probe = "" if self._probe == NO_PROBE else f"_{self._probe}"
-        return self._videos / f"{task}_seed{seed}{probe}_{end}{self._suffix}"
+        return self._films.folder / f"{task}_seed{seed}{probe}_{end}{self._films.suffix}"
 
     def _run(self, pending, free):
         stands: dict[int, str] = {}

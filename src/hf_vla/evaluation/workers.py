@@ -252,7 +252,7 @@ class _Process:
 def _work(pipe, options):
     """Do what comes through a pipe until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one ends us
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    die_with_parent()
     envs: dict[int, SimulatedTask] = {}
     while True:
         try:
@@ -269,10 +269,14 @@ def _work(pipe, options):
         pipe.send(answer)
 
 
-def _die_with_parent():
-    """End the process when the one that started it has ended, also in the middle of a simulator's work."""
-    parent_process().join()
-    os._exit(1)
+def die_with_parent() -> None:
+    """End this process when the one that started it has ended, also in the middle of a simulator's work."""
+
+    def wait():
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _describe(envs, options, env, task):

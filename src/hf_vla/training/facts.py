@@ -10,6 +10,7 @@ from hf_vla.actions.spec import ActionSpec, CameraSpec, GripperSpec, StateSpec
 from hf_vla.actions.statistics import ActionStatistics
 from hf_vla.data import schema
 from hf_vla.data.lerobot import LeRobotEpisodes
+from hf_vla.data.tail import hold_tail
 from hf_vla.training.data_arguments import CameraArguments, DataArguments
 from hf_vla.training.datasets import OpenDataset
 
@@ -25,7 +26,7 @@ class DatasetFacts:
             the recipe uses it.
         actions (`np.ndarray` of shape `(num_transitions, action_dim)`): those to be learnt, robot units.
         chunks (`np.ndarray` of shape `(num_chunks, chunk_size, action_dim)`): some of those to be learnt, evenly
-            spread, robot units; behind an episode's end its last action.
+            spread, robot units; behind an episode's end as `data.chunk_tail` has it, "mask" repeating the last action.
         action_spec (`ActionSpec`): what they mean.
         state_spec (`StateSpec`, *optional*): what the state means; None where the model shall see none.
         cameras (`list[CameraSpec]`): in the recipe's order; also those that other datasets alone have.
@@ -112,7 +113,8 @@ def data_facts(data: DataArguments, datasets: list[OpenDataset]) -> DataFacts:
     Raises:
         ValueError: the recipe's words do not fit the datasets.
     """
-    facts = {dataset.arguments.unnorm_key: _dataset_facts(dataset) for dataset in datasets}
+    holds_tail = data.chunk_tail == "hold"
+    facts = {dataset.arguments.unnorm_key: _dataset_facts(dataset, holds_tail) for dataset in datasets}
     known = {camera.name: camera for each in facts.values() for camera in reversed(each.cameras)}
     for each in facts.values():  # what stands for a camera that a dataset lacks is black, but has a size
         own = {camera.name: camera for camera in each.cameras}
@@ -122,7 +124,7 @@ def data_facts(data: DataArguments, datasets: list[OpenDataset]) -> DataFacts:
         texts = np.concatenate([_texts(dataset, data.reasoning) for dataset in datasets])
         said = [text for text in texts if text and not text.isspace()]
         reasonings, without_text = sorted(set(said)), 1 - len(said) / len(texts)
-    return DataFacts(facts, data.chunk_size, data.n_obs_steps, data.chunk_tail == "hold", reasonings, without_text)
+    return DataFacts(facts, data.chunk_size, data.n_obs_steps, holds_tail, reasonings, without_text)
 
 
 def _camera_names(data: DataArguments) -> list[str]:
@@ -136,7 +138,7 @@ def _texts(dataset: OpenDataset, column: str) -> np.ndarray:
         raise ValueError(f"{error} To train on actions alone, set data.reasoning: null.") from error
 
 
-def _dataset_facts(opened: OpenDataset) -> DatasetFacts:
+def _dataset_facts(opened: OpenDataset, holds_tail: bool) -> DatasetFacts:
     data, dataset, rows = opened.arguments, opened.episodes, opened.action_rows
     actions = dataset.column(schema.ACTION)[rows]
     entry = {
@@ -153,7 +155,10 @@ def _dataset_facts(opened: OpenDataset) -> DatasetFacts:
     spec = ActionSpec(names, action.kind, action.rotation, action.frame, float(dataset.fps), action.gripper)
     if spec.gripper is not None:
         _check_gripper(spec.gripper, actions[:, spec.gripper.index])
-    chunks, _ = dataset.windows(schema.ACTION, opened.train_rows[:: 1 + len(opened.train_rows) // MAX_CHUNKS])
+    rows = opened.train_rows[:: 1 + len(opened.train_rows) // MAX_CHUNKS]
+    chunks, is_pad = dataset.windows(schema.ACTION, rows)
+    if holds_tail:
+        chunks = hold_tail(chunks, is_pad, spec)
     cameras = [camera_spec(camera, dataset) for camera in data.cameras]
     return DatasetFacts(entry, actions, chunks, spec, state_spec, cameras)
 

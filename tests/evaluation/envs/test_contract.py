@@ -142,7 +142,8 @@ def test_observations_are_what_space_and_specs_say(env):
     for name, spec in env.camera_specs.items():
         assert (spec.name, spec.width, spec.height, spec.depth) == (name, *env.sizes[name], True)
         assert seen[f"observation.images.{name}"].std() > 10, "the picture is empty"
-        assert np.isfinite(seen[f"observation.depth.{name}"]).all()
+        depth = seen[f"observation.depth.{name}"]
+        assert np.isfinite(depth).all() and (depth > 0).all()
         pose = env.camera_pose(name)
         np.testing.assert_allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3), atol=1e-6)
         assert (np.linalg.det(pose[:3, :3]) < 0) == (env.name in MIRRORED)
@@ -158,6 +159,18 @@ def test_looking_changes_nothing(env, actions):
         seen, reward, *stepped, info = env.step(action)
     assert_same(seen, expected)
     assert tuple(stepped) == advanced and reward == float(info["success"]) == float(stepped[0])
+
+
+def test_states_do_not_jump(env):
+    """A rotation vector near half a turn would, between its two signs."""
+    rng, states = np.random.default_rng(1), []
+    for seed in (SEED, SEED + 1):
+        states.append(env.reset(seed=seed)[0]["observation.state"])
+        for _ in range(40):
+            if any(env.advance(rng.uniform(env.action_space.low, env.action_space.high))):
+                break
+            states.append(env.observe()["observation.state"])
+    assert np.abs(np.diff(states, axis=0)).max() < 3  # radians among them
 
 
 def test_an_episode_is_given_up_at_the_horizon(env):

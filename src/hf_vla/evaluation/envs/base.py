@@ -105,6 +105,11 @@ class SimulatedTask(gym.Env, ABC):
         return tuple(dict.fromkeys(task for tasks in cls.splits().values() for task in tasks))
 
     @classmethod
+    def count_starts(cls, task: str) -> int | None:
+        """How many initial states a task has for evaluations; None where every seed has its own."""
+        return None
+
+    @classmethod
     def select(cls, names: str) -> tuple[str, ...]:
         """Return the tasks that names stand for.
 

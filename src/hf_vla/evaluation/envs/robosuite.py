@@ -2,7 +2,9 @@
 
 Actions: translation in units of 5 cm and rotation vector in units of half a radian (+-1 each), from where the hand is,
 along the axes of the world; gripper -1 opens, +1 closes; 20 Hz. State: position of the grip, rotation vector of the
-hand, positions of the two finger joints. Cubes have one size, while robosuite draws Lift's anew between 40 and 44 mm.
+hand, positions of the two finger joints. The hand points down, half a turn away from no rotation, where a rotation
+vector that is kept within half a turn jumps between two signs; this one goes on beyond, as LIBERO's does. Cubes have
+one size, while robosuite draws Lift's anew between 40 and 44 mm.
 
 Source: https://arxiv.org/abs/2009.12293
 """
@@ -13,7 +15,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from hf_vla.actions.rotations import convert
 from hf_vla.actions.spec import ActionSpec, GripperSpec, StateSpec
 from hf_vla.evaluation.envs.base import numpy_seed
 from hf_vla.evaluation.envs.mujoco import MujocoTask
@@ -57,6 +58,7 @@ class RobosuiteTask(MujocoTask):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             import robosuite
+            from robosuite.utils.transform_utils import quat2axisangle
 
         self.instruction, self.horizon = TASKS[self.task]
         options = {
@@ -71,6 +73,7 @@ class RobosuiteTask(MujocoTask):
         with numpy_seed(0):  # draws the size of Lift's cube
             self.simulator = robosuite.make(self.task, robots="Panda", **options)
         sim = self.simulator.sim
+        self._axis_angle = quat2axisangle
         names = {"wrist": "robot0_eye_in_hand"}
         self._film(sim.model._model, sim.data._data, geom_groups=VISUAL, scene_names=names)
 
@@ -87,6 +90,6 @@ class RobosuiteTask(MujocoTask):
 
     def _state(self):
         data, robot = self.simulator.sim.data, self.simulator.robots[0]
-        turn = convert(data.get_body_xmat(robot.robot_model.eef_name), "matrix", "axis_angle")
+        turn = data.get_body_xquat(robot.robot_model.eef_name)[[1, 2, 3, 0]]
         fingers = data.qpos[robot._ref_gripper_joint_pos_indexes]
-        return np.concatenate([data.site_xpos[robot.eef_site_id], turn, fingers])
+        return np.concatenate([data.site_xpos[robot.eef_site_id], self._axis_angle(turn), fingers])

@@ -4,7 +4,7 @@ Actions: motion in metres and roll, pitch, yaw in radians, along the axes of the
 not from where the hand got to; gripper +1 open, -1 closed; 5 Hz. State, as Bridge's: position in the base's frame,
 roll, pitch, yaw from a hand that points down, a zero, and how far the gripper is open (1 open, 0 closed). The camera
 is Bridge's, a Logitech C920. Behind robot and objects its pictures show a photograph of the real scene; depth is that
-of the simulated table there, to the millimetre, and 0 where nothing is.
+of the simulated table there, to the millimetre, and as far as the camera sees where nothing is.
 
 SimplerEnv has a list of initial states, 24 a task, 64 for the eggplant: seed s below `FIRST_RECORDING_SEED` is its
 `episode_id`, which begins anew after the last. Seeds from there on are for demonstrations: from those states, objects
@@ -31,12 +31,13 @@ from hf_vla.evaluation.envs.base import FIRST_RECORDING_SEED, SimulatedTask, che
 
 
 class Twin(NamedTuple):
-    """A task: its name in ManiSkill3, and how far (metres) a demonstration's object and target may be moved."""
+    """A task: its name in ManiSkill3, metres by which demonstrations' objects are moved, published initial states."""
 
     scene: str
     instruction: str
     horizon: int
     moved: tuple[float, float] = (0.015, 0.015)
+    starts: int = 24
 
 
 TASKS = {
@@ -46,12 +47,13 @@ TASKS = {
         "StackGreenCubeOnYellowCubeBakedTexInScene-v1", "stack the green block on the yellow block", 60
     ),
     "widowx_put_eggplant_in_basket": Twin(
-        "PutEggplantInBasketScene-v1", "put eggplant into yellow basket", 120, (0.005, 0.0)
+        "PutEggplantInBasketScene-v1", "put eggplant into yellow basket", 120, (0.005, 0.0), 64
     ),
 }
 CAMERA = CameraSpec("3rd_view_camera", 640, 480, ((623.588, 0, 319.501), (0, 623.588, 239.545), (0, 0, 1)))
 MOTION = ("x", "y", "z", "roll", "pitch", "yaw")
 HAND_DOWN = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]])  # Bridge's zero orientation, in the base
+FARTHEST = 10.0  # metres that the camera sees
 FINGER_CLOSED, FINGER_OPEN = 0.015, 0.037  # metres from the middle
 ASSETS = ("tasks/bridge_v2_real2sim_dataset", "robots/widowx/wx250s.urdf")
 SHADERS = {"fast": "minimal", "full": "default"}
@@ -76,6 +78,11 @@ class SimplerTask(SimulatedTask):
     def splits(cls):
         """The four tasks."""
         return {"widowx": tuple(TASKS)}
+
+    @classmethod
+    def count_starts(cls, task):
+        """Those that were published."""
+        return TASKS[task].starts
 
     def _make(self):
         for camera in self.sizes:
@@ -152,6 +159,8 @@ class SimplerTask(SimulatedTask):
     def _pictures(self, camera, depth):
         seen = self.simulator._get_obs_sensor_data()[camera]
         metres = seen["depth"][0, ..., 0].cpu().numpy().astype(np.float32) / 1000 if depth else None
+        if depth:
+            metres[metres == 0] = FARTHEST  # where nothing is
         return seen["rgb"][0].cpu().numpy(), metres
 
     def camera_pose(self, camera):

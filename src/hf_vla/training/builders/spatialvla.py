@@ -199,8 +199,8 @@ def _modes(facts: DataFacts, on_grid: bool) -> list[str]:
         layouts[key] = (spec.kind, len(spec.names), spec.gripper and spec.gripper.index)
     if len(set(layouts.values())) > 1:
         raise ValueError(
-            "SpatialVLA's grid bins the actions of all datasets alike; these differ in their kind, their number of "
-            f"dimensions or the place of the gripper: {layouts}. Leave out those that do not fit."
+            "A SpatialVLA's tokens stand for the actions of all datasets alike; these differ in their kind, their "
+            f"number of dimensions or the place of the gripper: {layouts}. Leave out those that do not fit."
         )
     _, action_dim, gripper = next(iter(layouts.values()))
     own = "zero_one" if on_grid else "min_max"
