@@ -10,7 +10,7 @@ from hf_vla.actions.tokenizers.gaussian_grid import NUM_BINS, GaussianGridTokeni
 from hf_vla.actions.tokenizers.uniform import UniformTokenizer
 from hf_vla.models.spatialvla.action_tokens import token_fields
 from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
-from hf_vla.models.spatialvla.masked_decoding import decode, random_mask
+from hf_vla.models.spatialvla.masked_decoding import decode, random_mask, replace
 from hf_vla.models.spatialvla.modeling_spatialvla import SpatialVLAForConditionalGeneration
 from hf_vla.models.spatialvla.processing_spatialvla import SpatialVLAProcessor
 from hf_vla.policy import Policy
@@ -352,6 +352,8 @@ def test_what_it_does_not_do(model_and_processor):
         ({"num_decoding_steps": 0}, "num_decoding_steps of 1 or more, got 0"),
         ({"remask_threshold": 2.0}, "remask_threshold in .0, 1., a probability, got 2.0"),
         ({"remask_drop": -1.0}, "remask_drop in .0, 1., a probability, got -1.0"),
+        ({"replace_rate": 1.5}, "replace_rate in .0, 1., a probability, got 1.5"),
+        ({"remask_drop": 0.5}, "replace_rate above 0, such as 0.1, beside remask_threshold or remask_drop, got 0"),
         ({"action_block_sizes": None}, "needs action_block_sizes or action_token_ranges, got neither"),
         ({"action_token_ranges": [], "action_block_sizes": None}, "differs from chunk to chunk, as with FAST"),
     ],
@@ -405,16 +407,49 @@ def test_the_mask_is_trained_with_adapters_and_with_the_head_alone(tmp_path):
     assert not torch.equal(other, make()[0].predict_action(**prompts(processor)).logits)
 
 
-def test_it_learns_a_batch():
-    """Two pictures, two chunks: what was learnt is decoded in fewer passes than tokens."""
-    model, processor = make(spread=None)
-    batch = training_batch(processor)
+def learn(model, batch):
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     torch.manual_seed(0)
     for _ in range(100):
         optimizer.zero_grad()
         model.train()(**batch).loss.backward()
         optimizer.step()
+
+
+def test_it_learns_which_visible_tokens_are_wrong():
+    """Planted errors are doubted, what is right is not: re-masking tells them apart by the probability."""
+    model, processor = make("uniform", spread=None, replace_rate=0.1)
+    batch = training_batch(processor)
+    learn(model, batch)
+    is_action, begin = model._is_action(batch["input_ids"]), model.config.action_token_begin_idx
+    right = batch["input_ids"][is_action] - begin
+    planted = torch.arange(len(right)) % 7 == 0
+    shown = torch.where(planted, (right + 97) % 256, right)
+    prompt = {name: value for name, value in batch.items() if name != "labels"}
+    prompt["input_ids"] = prompt["input_ids"].masked_scatter(is_action, shown + begin)
+    with torch.no_grad():
+        scores = model.eval()(**prompt).logits[is_action][:, begin : begin + 256].float()
+    probability = scores.softmax(-1)[torch.arange(len(shown)), shown]
+    assert probability[planted].max() < 0.05 and probability[~planted].min() > 0.5
+
+
+def test_replaced_tokens_are_permitted_ones_and_as_many_as_wanted():
+    ids, visible = torch.zeros(400, 3, dtype=torch.long), torch.tensor([True, True, False]).expand(400, 3)
+    torch.manual_seed(0)
+    replaced = replace(ids, visible, torch.tensor([[10, 20], [30, 40], [50, 60]]), 0.25)
+    assert (replaced[:, 2] == 0).all()
+    for place, first in ((0, 10), (1, 30)):
+        changed = replaced[:, place] != 0
+        assert set(replaced[changed, place].tolist()) == set(range(first, first + 10))
+        assert changed.float().mean() == pytest.approx(0.25, abs=0.07)
+    assert torch.equal(replace(ids, visible, torch.tensor([[10, 20]] * 3), 0.0), ids)
+
+
+def test_it_learns_a_batch():
+    """Two pictures, two chunks: what was learnt is decoded in fewer passes than tokens."""
+    model, processor = make(spread=None)
+    batch = training_batch(processor)
+    learn(model, batch)
     output = model.eval().predict_action(**prompts(processor))
     is_action = model._is_action(batch["input_ids"])
     wanted = batch["input_ids"][is_action].view(2, -1) - model.config.action_token_begin_idx

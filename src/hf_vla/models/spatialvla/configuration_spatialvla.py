@@ -98,7 +98,10 @@ class SpatialVLAConfig(PreTrainedConfig):
             action.
         num_decoding_steps (`int`): passes of discrete diffusion, fewer than a chunk has tokens.
         remask_threshold (`float`), remask_drop (`float`): when discrete diffusion masks a token again: its probability
-            is below the threshold, or has fallen by more than the drop. 0 and 1: never.
+            is below the threshold, or has fallen by more than the drop. 0 and 1: never. Both need a `replace_rate`.
+        replace_rate (`float`): share of the tokens that discrete diffusion's training leaves visible which it replaces
+            by others, to ask for the right ones there and at those that are right. Trained on masked tokens alone, as
+            published (0), the model says nothing that means anything of a token which it sees.
         n_obs_steps (`int`): frames that the model sees, the last of them the present; the tokens of all stand in the
             prompt, the oldest first.
 
@@ -171,6 +174,7 @@ class SpatialVLAConfig(PreTrainedConfig):
     num_decoding_steps: int = 4
     remask_threshold: float = 0.0
     remask_drop: float = 1.0
+    replace_rate: float = 0.0
     n_obs_steps: int = 1
     bos_token_id: int = 2
     eos_token_id: int = 1
@@ -238,7 +242,7 @@ class SpatialVLAConfig(PreTrainedConfig):
     def _validate_decoding(self):
         if self.decoding not in DECODINGS:
             raise ValueError(f"Expected a decoding in {list(DECODINGS)}, got {self.decoding!r}.")
-        for name in ("remask_threshold", "remask_drop"):
+        for name in ("remask_threshold", "remask_drop", "replace_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Expected a {name} in [0, 1], a probability, got {getattr(self, name)}.")
         if self.decoding == "autoregressive":
@@ -250,6 +254,11 @@ class SpatialVLAConfig(PreTrainedConfig):
             )
         if self.action_ranges(1) is None:
             raise ValueError("Discrete diffusion needs action_block_sizes or action_token_ranges, got neither.")
+        if self.replace_rate == 0 and (self.remask_threshold > 0 or self.remask_drop < 1):
+            raise ValueError(
+                "Expected a replace_rate above 0, such as 0.1, beside remask_threshold or remask_drop, got 0: a model "
+                "that was trained on masked tokens alone does not know which of those it sees are wrong."
+            )
         ranges = None if self.chunk_size is None else self.action_ranges(self.chunk_size)
         if ranges is not None and self.num_decoding_steps > len(ranges):
             raise ValueError(

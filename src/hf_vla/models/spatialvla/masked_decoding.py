@@ -1,6 +1,7 @@
 """Discrete diffusion of action tokens: all of them masked, predicted in parallel, revealed from the surest on.
 
-Training hides a random part of a chunk's tokens and asks for them. Decoding begins with all hidden; every pass
+Training hides a random part of a chunk's tokens and asks for them; it may replace some of the others, and ask there,
+too. Decoding begins with all hidden; every pass
 predicts each of them, keeps those it is surest of, and may take back what it has come to doubt. No model in here:
 `predict` is one.
 
@@ -57,6 +58,23 @@ def random_mask(real: torch.Tensor, generator: torch.Generator | None = None) ->
     count = torch.ceil(torch.cos(math.pi / 2 * time) * real.sum(-1)).clamp(min=1)
     draws = torch.rand(real.shape, generator=generator, device=real.device).masked_fill(~real, 2.0)  # come last
     return (_rank(draws) < count[:, None]) | ~real
+
+
+def replace(ids: torch.Tensor, visible: torch.Tensor, id_ranges: torch.Tensor, rate: float) -> torch.Tensor:
+    """Replace some visible ids by others that are permitted there, all alike likely.
+
+    Args:
+        ids (`torch.Tensor` of shape `(batch_size, num_tokens)`): of chunks.
+        visible (`torch.Tensor` of the same shape, bool): which may be replaced.
+        id_ranges (`torch.Tensor` of shape `(num_tokens, 2)`): see [`decode`].
+        rate (`float`): share of the visible ones that are drawn anew.
+
+    Returns:
+        `torch.Tensor` of the shape of `ids`.
+    """
+    first, stop = id_ranges.T
+    drawn = first + (torch.rand(ids.shape, device=ids.device) * (stop - first)).long()
+    return torch.where(visible & (torch.rand(ids.shape, device=ids.device) < rate), drawn, ids)
 
 
 def decode(

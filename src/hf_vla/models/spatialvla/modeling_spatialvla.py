@@ -24,7 +24,7 @@ from hf_vla.models.spatialvla.action_tokens import read_action_tokenizer, token_
 from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
 from hf_vla.models.spatialvla.ego3d import Ego3DPositionEncoding, back_project
 from hf_vla.models.spatialvla.generation_spatialvla import SpatialVLAGenerationMixin
-from hf_vla.models.spatialvla.masked_decoding import random_mask
+from hf_vla.models.spatialvla.masked_decoding import random_mask, replace
 
 _ZOE_PADDING = 31  # pixels that ZoeDepth's preprocessing reflects on each side of an image
 
@@ -462,14 +462,16 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, SpatialVLAGeneratio
             block_ids = -self._suffix_mask(token_type_ids, input_ids, inputs_embeds).long()  # 0, and -1 behind
             if self.config.decoding == "discrete_diffusion" and input_ids is not None:
                 block_ids = block_ids.masked_fill(self._is_action(input_ids), 1)
+        targets = masked = None
+        if labels is not None and self.config.decoding == "discrete_diffusion":
+            input_ids, masked, places, targets = self._mask_actions(input_ids, labels)
+        elif labels is not None:
+            targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
         if inputs_embeds is None:
             features = None if pixel_values is None else self.get_image_features(pixel_values, intrinsics, depth)
             inputs_embeds = self.embed_inputs(input_ids, features)
-        targets = None if labels is None else F.pad(labels, (0, 1), value=-100)[:, 1:]
-        if labels is not None and self.config.decoding == "discrete_diffusion":
-            masked, places = self._mask_actions(input_ids, labels)
+        if masked is not None:
             inputs_embeds = self.hide_actions(inputs_embeds, masked, places)
-            targets = labels.masked_fill(~masked, -100)
         outputs = self._decode(inputs_embeds, attention_mask, block_ids, position_ids, past_key_values, **kwargs)
 
         hidden_states = outputs.last_hidden_state
@@ -506,8 +508,8 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, SpatialVLAGeneratio
         begin = self.config.action_token_begin_idx
         return (input_ids >= begin) & (input_ids < begin + self.config.spatial_token_num)
 
-    def _mask_actions(self, input_ids, labels) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which tokens of a training batch to hide, of action tokens without a label all, and their places."""
+    def _mask_actions(self, input_ids, labels) -> tuple[torch.Tensor, ...]:
+        """What of a training batch to show, to hide (of action tokens without a label all), where, and to ask for."""
         if input_ids is None:
             raise ValueError("Discrete diffusion masks action tokens: give `input_ids` with `labels`, no embeddings.")
         is_action = self._is_action(input_ids)
@@ -515,7 +517,15 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, SpatialVLAGeneratio
         if (counts != counts[0]).any():
             raise ValueError(f"Expected equally many action tokens in every sample, got {counts.tolist()}.")
         masked = random_mask(labels[is_action].view(len(labels), counts[0]) != -100)
-        return is_action.masked_scatter(is_action, masked), is_action.cumsum(-1) - 1
+        hidden, asked = is_action.masked_scatter(is_action, masked), is_action
+        if self.config.replace_rate > 0:
+            begin, places = self.config.action_token_begin_idx, self.config.action_ranges(1)
+            ranges = torch.tensor(places, device=input_ids.device).repeat(int(counts[0]) // len(places), 1) + begin
+            shown = replace(input_ids[is_action].view_as(masked), ~masked, ranges, self.config.replace_rate)
+            input_ids = input_ids.masked_scatter(is_action, shown)
+        else:
+            asked = hidden
+        return input_ids, hidden, is_action.cumsum(-1) - 1, labels.masked_fill(~asked, -100)
 
 
 # Only for registered models does peft translate adapters of older layouts; the backbones bring the translations along.
