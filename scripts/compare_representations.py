@@ -16,6 +16,7 @@ import argparse
 import json
 import shutil
 import time
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from hf_vla.evaluation.demonstrations import RecordingPlan
 from hf_vla.evaluation.envs.metaworld import INSTRUCTIONS
 from hf_vla.evaluation.protocol import EvaluationPlan
 from hf_vla.evaluation.recording import record
-from hf_vla.evaluation.records import write_whole
+from hf_vla.evaluation.records import read_records, write_whole
 from hf_vla.evaluation.rollout import evaluate as evaluate_plan
 from hf_vla.models.byte_tokenizer import byte_tokenizer
 from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
@@ -145,7 +146,19 @@ def results(out: Path, budget: Budget) -> dict[str, dict]:
         folders = {name: (out / f"metaworld-{name}", recipe_of(out, "metaworld", name, budget)) for name in driven}
         measures = measure(folders, budget)
         write_whole(path, json.dumps(measures, indent=1))
-    return {name: {**json.loads(file.read_text()), **measures[name]} for name, file in driven.items()}
+    return {
+        name: {**json.loads(file.read_text()), "solved": solved(file.with_suffix("")), **measures[name]}
+        for name, file in driven.items()
+    }
+
+
+def solved(folder: Path) -> dict[str, list[int]]:
+    """Task of Meta-World -> seeds of the episodes that were solved."""
+    seeds = defaultdict(list)
+    for episode in read_records(folder)[0]:
+        if episode.success:
+            seeds[episode.task].append(episode.seed)
+    return {task: sorted(each) for task, each in seeds.items()}
 
 
 def settle(out: Path, budget: Budget):

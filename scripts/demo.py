@@ -101,10 +101,10 @@ def roll_out(policy, env_name, task, output, console):
         kind = simulator(env_name)
         cameras = plan_cameras(policy, kind)
         env = kind(task, cameras={camera: FILM_SIZE, **cameras.sizes}, depth=cameras.depth)
-    except ImportError:
+    except ImportError as error:
         pip = os.path.relpath(Path(sys.executable).parent / "pip")
         install = f"`{pip} install -c constraints.txt -e '.[sim]'`"
-        console.print(f"{env_name} is not installed: {install}, and the next demo also acts.", **PLAIN)
+        console.print(f"{error} From this checkout: {install}. The next demo also acts then.", **PLAIN)
         return
     check_contract(policy, cameras, env.action_spec, env.state_spec, env.camera_specs, env_name)
     policy.reset()

@@ -109,7 +109,7 @@ def measure(checkpoints, budget) -> dict[str, dict]:
         frames, actions, mask = _held_out(data[name], budget.frames)
         results[name] = {
             "parameters": count_parameters(controller.model),
-            **_predictions(controller, frames, actions, mask),
+            **_predictions(controller, frames, actions, mask, budget.rounds),
             **round_trip(controller, actions[mask.all(-1)]),
             **_tokens(controller, actions[mask.all(-1)]),
         }
@@ -131,15 +131,18 @@ def _observation(item):
 
 
 @torch.no_grad()
-def _predictions(controller, frames, actions, mask):
-    """Mean absolute error of actions, and how often the networks ran for a chunk."""
+def _predictions(controller, frames, actions, mask, rounds):
+    """Mean absolute error of actions, and how often the networks ran for a chunk, on average over some frames."""
     generator, chunks = torch.Generator().manual_seed(0), []
     for places in np.array_split(np.arange(len(frames)), -(-len(frames) // 32)):
         chunks.append(controller([frames[place] for place in places], generator))
     spec, _ = controller.processor.action_codec.specs()
-    with counted(controller.model) as passes:
-        controller(frames[:1], generator)
-    return {**action_error(np.concatenate(chunks), actions, mask, spec), "passes": dict(passes)}
+    some = frames[:: -(-len(frames) // rounds)]
+    with counted(controller.model) as calls:
+        for frame in some:
+            controller([frame], generator)
+    passes = {network: count / len(some) for network, count in calls.items()}
+    return {**action_error(np.concatenate(chunks), actions, mask, spec), "passes": passes}
 
 
 @contextmanager
@@ -220,13 +223,16 @@ def _tokens(controller, actions):
 
 
 def _timed(controllers, data, checkpoints, rounds, results):
-    """Add the CPU time of a prediction, batch 1, and the samples a second of training steps: medians over rounds."""
+    """Add the CPU time of a prediction, batch 1, and the samples a second of training steps: medians over rounds.
+
+    Each round predicts from another held-out frame, the same for all: some answer in more tokens or words than others.
+    """
     batches, frames = {}, {}
     for name, (_, recipe) in checkpoints.items():
         opened = data[name]
         size = recipe.training.per_device_train_batch_size
         items = [opened.episodes[row] for row in opened.train_rows[:: max(1, len(opened.train_rows) // size)][:size]]
-        frames[name] = _observation(opened.episodes[opened.eval_rows[0]])
+        frames[name] = _held_out(opened, rounds + 1)[0]
         collator = VLACollator(
             controllers[name].processor, None, recipe.data.roles, reasoning=recipe.data.reasoning, hold_tail=True
         )
@@ -234,7 +240,7 @@ def _timed(controllers, data, checkpoints, rounds, results):
     seconds = {name: {"predict": [], "train": []} for name in controllers}
     for turn in range(rounds + 1):  # the first to warm up
         for name, controller in controllers.items():
-            works = {"predict": lambda c=controller, n=name: _predict(c, frames[n])}
+            works = {"predict": lambda c=controller, n=name, t=turn: _predict(c, frames[n][t])}
             if turn == 0 or turn % 3 == 1:
                 works["train"] = lambda c=controller, n=name: _train_step(c.model, batches[n])
             for what, work in works.items():

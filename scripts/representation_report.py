@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from hf_vla.evaluation.comparison import percent, table
-from hf_vla.evaluation.intervals import mean_over_tasks, wilson
+from hf_vla.evaluation.intervals import compare_pairs, holm, mean_over_tasks, wilson
 from hf_vla.evaluation.records import write_whole
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -30,6 +30,7 @@ METERS = 0.01  # of one unit of Meta-World's translation
 HEAD = (
     "",
     "Meta-World, success (95 %)",
+    "to the best, points (Holm p)",
     "two ways, success (95 %)",
     "commits to a side; left : right",
     "from one start, drawn: left : right",
@@ -63,7 +64,7 @@ def write_report(folder: Path, results: dict) -> None:
 
 def as_table(representations: dict) -> str:
     """One line for each representation."""
-    rows = []
+    rows, gaps = [], to_the_best(representations)
     for name, measured in representations.items():
         usual, passes = measured["two_ways"]["usual"], measured["passes"]
         total = sum(usual["episodes"].values())
@@ -74,6 +75,7 @@ def as_table(representations: dict) -> str:
             (
                 TITLES[name][0],
                 percent(success(measured)),
+                gaps[name],
                 percent(wilson(usual["episodes"]["left"] + usual["episodes"]["right"], total)),
                 f"{percent(wilson(total - usual['episodes']['none'], total))}; {sides(usual['episodes'])}",
                 ", ".join(sides(start) for start in drawn),
@@ -81,7 +83,7 @@ def as_table(representations: dict) -> str:
                 f"{worst:.2g} ({mean:.2g})",
                 f"{measured['tokens_per_action']:.3g} ({'' if seven is None else f'{seven:.3g}'})",
                 f"{measured['tokens_per_chunk']:.3g}",
-                f"{passes['language']} + {passes['head']}",
+                f"{passes['language']:.3g} + {passes['head']:.3g}",
                 f"{measured['ms_per_chunk']:.3g}",
                 f"{measured['ms_per_action']:.3g}",
                 f"{measured['parameters']['rest'] / 1e6:.2f} M",
@@ -89,6 +91,25 @@ def as_table(representations: dict) -> str:
             )
         )
     return table(HEAD, rows)
+
+
+def to_the_best(representations: dict) -> dict[str, str]:
+    """How far each is behind the one that succeeds most, by pairs of equal task and seed, with p of all together."""
+    best = max(representations, key=lambda name: success(representations[name]).estimate)
+    tests = {}
+    for name in representations:
+        if name != best:
+            outcomes = zip(_outcomes(representations[best]), _outcomes(representations[name]), strict=True)
+            tests[name] = compare_pairs([*outcomes])
+    corrected = holm({name: test.p_value for name, test in tests.items()})
+    said = {name: f"{100 * test.difference.estimate:+.1f} ({corrected[name]:.2g})" for name, test in tests.items()}
+    return {**said, best: "the best"}
+
+
+def _outcomes(measured):
+    """Whether each episode was solved, task by task, seed by seed."""
+    counts = measured["metaworld"].items()
+    return [seed in measured["solved"].get(task, ()) for task, (_, runs) in counts for seed in range(runs)]
 
 
 def success(measured):

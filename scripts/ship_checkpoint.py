@@ -5,7 +5,8 @@
 writes spaces/action_demo/checkpoints/tinyvla_metaworld anew: weights in float16 (half the bytes; config.json says
 float32, so that AutoModel computes in float32, as CPUs like it), configuration, processor, README.md, frame.json with
 the pictures of a frame of a held-out episode, and in eval/ what `hf-vla eval` wrote. It refuses weights whose actions
-change by more than 1 % of their range, a report about other weights, and files that name a folder of this machine.
+change by more than 1 % of their range on average, a report about other weights, and files that name a folder of this
+machine.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import gzip
 import json
 import re
 import shutil
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,8 +33,10 @@ from hf_vla.training.datasets import open_datasets
 from hf_vla.training.recipe import load_recipe
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "spaces" / "action_demo" / "checkpoints"
-LARGEST_CHANGE = 0.01  # of the range of the recorded actions, by rounding the weights
+LARGEST_CHANGE = 0.01  # of the range of the recorded actions, on average, by rounding the weights
 FRAMES = 32  # on which that is measured
+SOURCES = ("path", "backbone", "vision_model", "depth_model")  # of a recipe, what training began with
+DATA = ("chunk_size", "chunk_tail", "n_obs_steps", "reasoning", "camera_dropout", "state_dropout")
 EVALUATION = ("report.md", "report.json", "report.png", "protocol.json")
 TRAINING = (
     *("max_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "warmup_steps"),
@@ -199,12 +203,12 @@ def facts(model, processor, opened, recipe, progress):
     tasks = sorted(set(opened.episodes.texts("task")))
     said = [f'"observation.images.{camera.name}": image,  # (H, W, 3) uint8' for camera in cameras]
     said += [] if state_spec is None else [f'"observation.state": state,  # {", ".join(state_spec.names)}']
-    source = recipe.model.path or recipe.model.backbone
+    sources = [f"`{short(source)}`" for name in SOURCES if (source := getattr(recipe.model, name))]
     return {
         "family": model.config.model_type,
-        "title": type(model).__name__.removesuffix("ForActionPrediction"),
+        "title": type(model).__name__.partition("For")[0],
         "millions": sum(each.numel() for each in model.parameters()) / 1e6,
-        "origin": f"started from `{short(source)}`" if source else "random at first",
+        "origin": f"started from {' and '.join(sources)}" if sources else "random at first",
         "episodes": statistics["num_trajectories"],
         "frames": statistics["num_transitions"],
         "number": f"{len(tasks)} instruction{'s' * (len(tasks) > 1)}",
@@ -224,18 +228,24 @@ def facts(model, processor, opened, recipe, progress):
 
 def short_recipe(recipe):
     """What was trained, on what and how, as YAML; folders by their names."""
-    model = {name: getattr(recipe.model, name) for name in ("family", "preset", "path", "backbone", "config")}
-    model["path"] = model["path"] and short(model["path"])
     (data, *_), training = recipe.data.datasets, {name: getattr(recipe.training, name) for name in TRAINING}
     training["lr_scheduler_type"] = recipe.training.lr_scheduler_type.value
-    shown = {
-        "model": {name: value for name, value in model.items() if value is not None},
-        "data": {"source": data.unnorm_key, "chunk_size": recipe.data.chunk_size},
-        "training": training,
-    }
-    if recipe.model.grid is not None:
-        shown["model"]["grid"] = {"num_bins": list(recipe.model.grid.num_bins)}
+    model = {name: short(value) if name in SOURCES else value for name, value in chosen(recipe.model).items()}
+    whole = {name: value for name, value in chosen(recipe.data).items() if name in DATA}
+    state = {} if data.state is None else {"state": chosen(data.state)}
+    shown = {"model": model, "data": {"source": data.unnorm_key, **state, **whole}, "training": training}
     return yaml.safe_dump(shown, sort_keys=False)
+
+
+def chosen(section):
+    """What a section of a recipe sets, as plain values."""
+    values = {each.name: getattr(section, each.name) for each in fields(section) if each.init}
+    defaults = {each.name: each.default for each in fields(section)}
+    return {
+        name: chosen(value) if is_dataclass(value) else value
+        for name, value in values.items()
+        if value is not None and value != defaults[name]
+    }
 
 
 def short(source):

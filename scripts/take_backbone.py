@@ -1,8 +1,9 @@
 """Take the vision-language model out of a TinyVLA: `python scripts/take_backbone.py TINYVLA OUT`.
 
 What one model learnt to see, others can begin with: OUT is a checkpoint of transformers' for image and text to text,
-the `model.backbone` of a DiVLA, and OUT/vision its vision tower alone, the `model.vision_model` of a SpatialVLA. The
-head over its words is none that TinyVLA has; it begins as the words' embeddings.
+the `model.backbone` of a DiVLA, and OUT/vision its vision tower alone, the `model.vision_model` of a SpatialVLA, which
+shows it pictures in [-1, 1], as SigLIP's are: a TinyVLA's own normalisation goes into the first weights. The head over
+its words is none that TinyVLA has; it begins as the words' embeddings.
 """
 
 import argparse
@@ -37,7 +38,17 @@ def main(arguments: list[str] | None = None):
     vlm.save_pretrained(options.out)
     processor.tokenizer.save_pretrained(options.out)
     processor.image_processor.save_pretrained(options.out)
-    vlm.model.vision_tower.save_pretrained(options.out / "vision")
+    tower = vlm.model.vision_tower
+    take_normalization(tower.embeddings.patch_embedding, processor.image_processor)
+    tower.save_pretrained(options.out / "vision")
+
+
+@torch.no_grad()
+def take_normalization(patches: torch.nn.Conv2d, image_processor) -> None:
+    """Let a patch embedding see pictures in [-1, 1] as it saw those of its image processor."""
+    mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
+    patches.bias += (patches.weight.sum((2, 3)) * ((0.5 - mean) / std)).sum(1)
+    patches.weight *= (0.5 / std)[:, None, None]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,16 +72,26 @@ def test_measures_are_taken_again_for_another_selection(script, tmp_path, monkey
     monkeypatch.setattr(script, "recipe_of", lambda *_: None)
     monkeypatch.setattr(script, "measure", lambda folders, _: taken.append([*folders]) or dict.fromkeys(folders, {}))
     (tmp_path / "results").mkdir()
+    seen = []
+    monkeypatch.setattr(script, "solved", lambda folder: seen.append(folder) or {"a": [1]})
     for name in ("fast", "fast", "rt1", "rt1"):
         script.result_file(tmp_path, name).write_text(json.dumps({"name": name}))
         results = script.results(tmp_path, script.Budget())
-    assert taken == [["fast"], ["rt1", "fast"]] and results == {"rt1": {"name": "rt1"}, "fast": {"name": "fast"}}
+    assert taken == [["fast"], ["rt1", "fast"]] and tmp_path / "results" / "rt1" in seen
+    assert results == {name: {"name": name, "solved": {"a": [1]}} for name in ("rt1", "fast")}
+
+
+def test_what_was_solved_is_read_from_the_records(script, monkeypatch):
+    records = [SimpleNamespace(task=task, seed=seed, success=seed < 2) for task in "ab" for seed in (2, 1, 0)]
+    monkeypatch.setattr(script, "read_records", lambda folder: (records, {}))
+    assert script.solved(Path("x")) == {"a": [0, 1], "b": [0, 1]}
 
 
 def measured(left, right, lost, none):
     counts = {"left": left, "right": right, "left, lost": lost, "right, lost": 0, "none": none}
     return {
         "metaworld": {"a": [1, 4], "b": [4, 4]},
+        "solved": {"a": [2], "b": [0, 1, 2, 3]},
         "two_ways": {"usual": {"episodes": counts, "starts": [counts]}},
         "action_error": 0.25,
         "round_trip_worst": [0.1, 0.4, 0.2, 9.0],
@@ -101,10 +112,23 @@ def test_the_table_says_what_was_measured():
     assert set(report.TITLES) == {path.stem for path in RECIPES}
     line = report.as_table({"openvla": measured(3, 2, 1, 4)}).splitlines()[2]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[1].startswith("62.5 %") and cells[2].startswith("50.0 %")  # 5 of 8; 5 of 10 arrived
+    assert cells[1].startswith("62.5 %") and cells.pop(2) == "the best"
+    assert cells[2].startswith("50.0 %")  # 5 of 8; 5 of 10 arrived
     # who was lost behind the obstacle went by the left, too
     assert cells[3].startswith("60.0 %") and cells[3].endswith("; 4 : 2") and cells[4] == "4 : 2"
     assert cells[5:] == ["0.250", "4 (2)", "4 (7)", "64", "64 + 0", "32", "2", "1.20 M", "80"]
+
+
+def test_the_gap_to_the_best_is_of_pairs():
+    report = load("representation_report")
+    counts = {"metaworld": {"a": [6, 8]}, "solved": {"a": [0, 1, 2, 3, 4, 5]}}
+    others = {
+        "rt1": {"metaworld": {"a": [0, 8]}, "solved": {}},
+        "fast": {"metaworld": {"a": [1, 8]}, "solved": {"a": [7]}},
+    }
+    gaps = report.to_the_best({"openvla": counts, **others})
+    # exact McNemar: 6 of 6 differ, p 2 / 2^6; 6 of 7, p 16 / 2^7; Holm doubles the smaller, and the larger stays
+    assert gaps == {"openvla": "the best", "rt1": "-75.0 (0.062)", "fast": "-62.5 (0.12)"}
 
 
 def test_the_page_keeps_its_words(tmp_path):

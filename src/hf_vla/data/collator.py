@@ -54,8 +54,8 @@ class VLACollator:
             items (`Sequence[dict]`): of the dataset.
             camera_dropout (`float`): probability with which each camera of a sample that has several is withheld,
                 though never all of them.
-            state_dropout (`float`): probability with which the state of a sample is withheld: 0, the middle of the
-                normalised range, stands in its place.
+            state_dropout (`float`): probability with which the state of a sample is withheld: normalised zeros, the
+                mean state in families that normalise it so, stand in its place.
             seed (`int`): settles, together with each item's dataset, row and epoch, which are withheld: a run that is
                 resumed, or divided among processes and workers, withholds the same.
 

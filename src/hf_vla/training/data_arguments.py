@@ -148,8 +148,9 @@ class DataArguments:
             something from its own training is made to act without a word, unless `model.new_embodiment` freezes it.
         camera_dropout (`float`): probability, below 1, with which each of several cameras is withheld from a training
             sample, though never all of them: so a model learns to act when one is missing.
-        state_dropout (`float`): probability, below 1, with which the state is withheld from a training sample: a model
-            that is told its state every time may never learn to look, see `hf-vla eval --probe blank`.
+        state_dropout (`float`): probability, below 1, with which the state is withheld from a training sample, zeros
+            (normalised) in its place: a model that is told its state every time may never learn to look, see
+            `hf-vla eval --probe blank`.
         filters (`FilterArguments`, *optional*): rows and episodes to leave out of the training; what was left out, and
             why, is written to `data_report.json` in `training.output_dir`.
         shuffle (`str`, *optional*): order of the training rows: "rows", any row after any other, or "windows", which

@@ -83,7 +83,14 @@ class SimulatedTask(gym.Env, ABC):
         self.sizes = _checked_sizes(self.default_cameras if cameras is None else cameras)
         try:
             self._make()
-        except ImportError as error:
+        except (ImportError, AttributeError) as error:
+            if "egl" in str(error).lower():  # as MuJoCo puts it: 'NoneType' object has no attribute 'eglQueryString'
+                raise ImportError(
+                    f"The simulator {self.name!r} draws with EGL, which does not work here ({error}): "
+                    "`apt-get install libegl1 libgl1-mesa-dri`, see docs/simulators.md."
+                ) from error
+            if isinstance(error, AttributeError):
+                raise
             raise ImportError(
                 f"The simulator {self.name!r} needs {error.name}: {self.how_to_install}, see docs/simulators.md."
             ) from error

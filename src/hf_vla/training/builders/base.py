@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
-from hf_vla.models.base import VLAPreTrainedModel
+from hf_vla.models.base import VLAPreTrainedModel, check_folder
 from hf_vla.training.arguments import ModelArguments
 from hf_vla.training.facts import DataFacts
 from hf_vla.training.optimization import quantization_config
@@ -40,6 +40,7 @@ def load_backbone(arguments: ModelArguments, auto_class, own_class):
         ValueError: weights are missing, or it is a model of another family of this library.
     """
     source = arguments.backbone
+    check_folder(source, f"model.backbone {source!r}")
     vlm, info = auto_class.from_pretrained(source, dtype=arguments.dtype, output_loading_info=True)
     if wrong := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind]):
         raise ValueError(
