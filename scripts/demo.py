@@ -1,6 +1,6 @@
 """What a shipped checkpoint does: predict on a frame it has never seen, then act in a simulator.
 
-`make demo`, `make demo MODEL=spatialvla`; `python scripts/demo.py --model tinyvla_metaworld`. Pictures go to
+`make demo`, `make demo MODEL=divla`; `python scripts/demo.py --model tinyvla_metaworld`. Pictures go to
 outputs/try. The simulator is optional: without the extra `sim` it says how to get it. `make train-demo` trains.
 """
 

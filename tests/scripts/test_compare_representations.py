@@ -50,6 +50,12 @@ def script(monkeypatch):
     return load("compare_representations")
 
 
+def test_recipes_have_the_budgets_steps(script):
+    for path in RECIPES:
+        training = load_recipe(path).training
+        assert (training.max_steps, training.per_device_train_batch_size) == (script.Budget.steps, 32), path.stem
+
+
 def test_one_at_a_time(script, tmp_path):
     with script.turn(tmp_path, "fast") as ours, script.turn(tmp_path, "rt1", wait=False) as another:
         with script.turn(tmp_path, "fast", wait=False) as same:

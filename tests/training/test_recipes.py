@@ -1,5 +1,6 @@
 """Every recipe in scripts/recipes loads, and those that run on the example data train and predict."""
 
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -165,3 +166,38 @@ def build_head(config):
     with torch.device("meta"):
         head = build_action_head(config, 1536, 14, 16, 14)
     return {name: value.shape for name, value in head.state_dict().items()}
+
+
+def test_the_recipes_of_the_shipped_checkpoints_follow_each_other(tmp_path, monkeypatch):
+    """First learn to look, then take what has learnt it into the others."""
+    root = Path(__file__).parents[2]
+    monkeypatch.syspath_prepend(root / "scripts")
+    take_backbone = import_module("take_backbone")
+    short = {"max_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no", "eval_strategy": "no"}
+    short |= {"estimate_memory": False, "disable_tqdm": True}
+
+    def learn(name, **overrides):
+        demos = root / "scripts" / "data" / f"{name.rpartition('_')[2]}_demos"
+        changes = {"data.source": str(demos), "data.eval_episodes": [], "data.frame_cache": None}
+        changes |= {f"training.{key}": value for key, value in short.items()}
+        changes |= {"training.output_dir": str(tmp_path / name)}
+        changes |= {
+            key.replace("__", "."): str(value) if isinstance(value, Path) else value
+            for key, value in overrides.items()
+        }
+        train(load_recipe(RECIPES[name], changes))
+        return Policy.from_pretrained(tmp_path / name)
+
+    learn("looking_metaworld")
+    vlm = tmp_path / "vlm"
+    take_backbone.main([str(tmp_path / "looking_metaworld"), str(vlm)])
+    tinyvla = learn("tinyvla_metaworld", model__backbone=tmp_path / "looking_metaworld")
+    divla = learn("divla_metaworld", model__backbone=vlm, data__reasoning=None)
+    grid = learn("spatialvla_metaworld", model__vision_model=vlm / "vision", model__depth_model=None)
+    wrist = learn("spatialvla_robosuite", model__vision_model=vlm / "vision")
+    assert [policy.takes_state for policy in (tinyvla, divla, grid, wrist)] == [True, True, False, False]
+    for policy in (tinyvla, divla, grid, wrist):
+        (camera,) = policy.cameras
+        observation = {f"observation.images.{camera.name}": np.zeros((96, 96, 3), np.uint8), "task": "Open a drawer"}
+        chunk = policy.predict_chunk(observation | {"observation.state": np.zeros(4, np.float32)})
+        assert np.isfinite(chunk).all() and len(chunk) == policy.processor.action_codec.chunk_size
