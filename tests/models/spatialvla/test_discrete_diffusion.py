@@ -364,7 +364,7 @@ def test_configurations_that_are_no_use(fields, message):
 
 
 def test_saved_and_loaded_it_predicts_the_same(tmp_path):
-    model, processor = make(num_decoding_steps=3, remask_threshold=0.25)
+    model, processor = make(num_decoding_steps=3, remask_threshold=0.25, replace_rate=0.1)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     again, its_processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
@@ -430,7 +430,8 @@ def test_it_learns_which_visible_tokens_are_wrong():
     with torch.no_grad():
         scores = model.eval()(**prompt).logits[is_action][:, begin : begin + 256].float()
     probability = scores.softmax(-1)[torch.arange(len(shown)), shown]
-    assert probability[planted].max() < 0.05 and probability[~planted].min() > 0.5
+    assert probability[planted].max() < 0.05
+    assert probability[~planted].min() > 0.2 and probability[~planted].median() > 0.9
 
 
 def test_replaced_tokens_are_permitted_ones_and_as_many_as_wanted():
