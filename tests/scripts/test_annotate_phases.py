@@ -1,8 +1,8 @@
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
+import annotate_phases as script
 import datasets
 import numpy as np
 import pandas as pd
@@ -12,16 +12,7 @@ import pytest
 
 from hf_vla.data.lerobot import LeRobotEpisodes
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "annotate_phases.py"
 ROWS, INFO, SUBTASKS = "data/chunk-000/file-000.parquet", "meta/info.json", "meta/subtasks.parquet"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("annotate_phases", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def rewrite(path, change):
@@ -65,7 +56,7 @@ def check_annotation(root, demos):
     pd.testing.assert_frame_equal(pd.read_parquet(root / SUBTASKS), pd.read_parquet(demos / SUBTASKS))
 
 
-def test_the_example_data_is_what_the_script_makes(script, bare, demos, tmp_path):
+def test_the_example_data_is_what_the_script_makes(bare, demos, tmp_path):
     before = contents(bare)
     script.main([str(bare), "--output", str(tmp_path / "copy")])
     assert contents(bare) == before
@@ -75,7 +66,7 @@ def test_the_example_data_is_what_the_script_makes(script, bare, demos, tmp_path
     assert pq.read_metadata(bare / ROWS).num_row_groups == LeRobotEpisodes(bare, cameras=[]).num_episodes
 
 
-def test_a_run_that_was_interrupted_can_be_repeated(script, bare, demos):
+def test_a_run_that_was_interrupted_can_be_repeated(bare, demos):
     info = (bare / INFO).read_text()
     script.main([str(bare)])
     (bare / INFO).write_text(info)  # it is written last
@@ -84,7 +75,7 @@ def test_a_run_that_was_interrupted_can_be_repeated(script, bare, demos):
 
 
 @pytest.mark.parametrize("moment", ["writing", "replacing"])
-def test_a_run_that_breaks_off_leaves_a_dataset(script, bare, demos, monkeypatch, moment):
+def test_a_run_that_breaks_off_leaves_a_dataset(bare, demos, monkeypatch, moment):
     """Untouched while files are written; readable, and without the column, once they are replaced."""
     before, columns = contents(bare), LeRobotEpisodes(bare, cameras=[]).features
     place, name = {"writing": (pd.DataFrame, "to_parquet"), "replacing": (Path, "replace")}[moment]
@@ -107,7 +98,7 @@ def test_a_run_that_breaks_off_leaves_a_dataset(script, bare, demos, monkeypatch
     check_annotation(bare, demos)
 
 
-def test_a_gripper_that_is_told_nothing_is_open(script, bare, demos):
+def test_a_gripper_that_is_told_nothing_is_open(bare, demos):
     def nothing(table):
         actions = np.array(table["action"].to_pylist(), np.float32)
         actions[:, 6] = np.maximum(actions[:, 6], 0)
@@ -173,7 +164,7 @@ CASES = {  # commands, where the gripper closes and opens, frames of reach, gras
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_phases_of_an_episode(script, case):
+def test_phases_of_an_episode(case):
     commands, (close, release), expected = CASES[case]
     closed = np.isin(np.arange(len(commands)), np.arange(close, release))
     found = script.phases(np.array(commands, np.float32), closed, 0.15)
@@ -191,12 +182,12 @@ def test_phases_of_an_episode(script, case):
         ("pick up cans", None),
     ],
 )
-def test_the_object_is_what_the_instruction_names_first(script, task, thing):
+def test_the_object_is_what_the_instruction_names_first(task, thing):
     found = script.OBJECT.search(task)
     assert (found and found.group()) == thing
 
 
-def test_motions_are_the_way_the_hand_will_have_gone(script, bare):
+def test_motions_are_the_way_the_hand_will_have_gone(bare):
     script.main([str(bare), "--motions", "--hand", "x", "y", "z", "--ahead", "5", "--still", "0.02"])
     dataset = LeRobotEpisodes(bare, cameras=[])
     states, words, starts = dataset.column("observation.state"), dataset.texts("subtask"), dataset.episode_starts
@@ -211,7 +202,7 @@ def test_motions_are_the_way_the_hand_will_have_gone(script, bare):
     assert len(spoken) > 3 and words[starts[4] - 1] == "stay"
 
 
-def test_motions_are_what_the_actions_ask_for(script, bare):
+def test_motions_are_what_the_actions_ask_for(bare):
     script.main([str(bare), "--motions", "--commanded", "--hand", "dx", "dy", "dz", "--ahead", "4", "--still", "0.5"])
     dataset = LeRobotEpisodes(bare, cameras=[])
     actions, words, starts = dataset.column("action"), dataset.texts("subtask"), dataset.episode_starts
@@ -223,7 +214,7 @@ def test_motions_are_what_the_actions_ask_for(script, bare):
         assert words[row] == (" ".join(expected) or "stay")
 
 
-def test_what_cannot_be_annotated_is_refused_and_left_as_it_was(script, bare, demos, goldens, tmp_path):
+def test_what_cannot_be_annotated_is_refused_and_left_as_it_was(bare, demos, goldens, tmp_path):
     def refused(root, message, *options):
         before = contents(root)
         with pytest.raises(ValueError, match=message):

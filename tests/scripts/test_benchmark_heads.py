@@ -1,12 +1,5 @@
-import importlib.util
-from pathlib import Path
-
+import benchmark_heads as benchmark
 import pytest
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark_heads.py"
-SPEC = importlib.util.spec_from_file_location("benchmark_heads", SCRIPT)
-benchmark = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(benchmark)
 
 
 @pytest.mark.slow

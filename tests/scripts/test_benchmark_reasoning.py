@@ -1,15 +1,9 @@
-import importlib.util
 import re
 import sys
-from pathlib import Path
 
+import benchmark_reasoning as benchmark
 import pytest
 import torch
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark_reasoning.py"
-SPEC = importlib.util.spec_from_file_location("benchmark_reasoning", SCRIPT)
-benchmark = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(benchmark)
 
 TOKENS = 16
 

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import re
 import subprocess
@@ -6,21 +5,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import compare_representations as script
 import numpy as np
 import pytest
+import representation_measures as measures
+import representation_report as report
 
 from hf_vla.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "scripts" / "recipes" / "compare").glob("*.yaml"))
-
-
-def load(name):
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_recipes_differ_in_their_models_alone():
@@ -43,20 +37,13 @@ def test_recipes_share_their_vision_tower():
     assert not any(config["use_vision_zoe"] or config["use_ego3d"] for config in configs)
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """compare_representations, which imports its neighbours."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    return load("compare_representations")
-
-
-def test_recipes_have_the_budgets_steps(script):
+def test_recipes_have_the_budgets_steps():
     for path in RECIPES:
         training = load_recipe(path).training
         assert (training.max_steps, training.per_device_train_batch_size) == (script.Budget.steps, 32), path.stem
 
 
-def test_one_at_a_time(script, tmp_path):
+def test_one_at_a_time(tmp_path):
     with script.turn(tmp_path, "fast") as ours, script.turn(tmp_path, "rt1", wait=False) as another:
         with script.turn(tmp_path, "fast", wait=False) as same:
             assert ours and another and not same
@@ -66,14 +53,14 @@ def test_one_at_a_time(script, tmp_path):
         assert ours
 
 
-def test_another_protocol_needs_another_folder(script, tmp_path):
+def test_another_protocol_needs_another_folder(tmp_path):
     for _ in range(2):
         script.settle(tmp_path, script.Budget(steps=3))
     with pytest.raises(SystemExit, match="holds a comparison of another protocol"):
         script.settle(tmp_path, script.Budget(steps=4))
 
 
-def test_measures_are_taken_again_for_another_selection(script, tmp_path, monkeypatch):
+def test_measures_are_taken_again_for_another_selection(tmp_path, monkeypatch):
     taken = []
     monkeypatch.setattr(script, "recipe_of", lambda *_: None)
     monkeypatch.setattr(script, "measure", lambda folders, _: taken.append([*folders]) or dict.fromkeys(folders, {}))
@@ -87,7 +74,7 @@ def test_measures_are_taken_again_for_another_selection(script, tmp_path, monkey
     assert results == {name: {"name": name, "solved": {"a": [1]}} for name in ("rt1", "fast")}
 
 
-def test_what_was_solved_is_read_from_the_records(script, monkeypatch):
+def test_what_was_solved_is_read_from_the_records(monkeypatch):
     records = [SimpleNamespace(task=task, seed=seed, success=seed < 2) for task in "ab" for seed in (2, 1, 0)]
     monkeypatch.setattr(script, "read_records", lambda folder: (records, {}))
     assert script.solved(Path("x")) == {"a": [0, 1], "b": [0, 1]}
@@ -114,7 +101,6 @@ def measured(left, right, lost, none):
 
 
 def test_the_table_says_what_was_measured():
-    report = load("representation_report")
     assert set(report.TITLES) == {path.stem for path in RECIPES}
     line = report.as_table({"openvla": measured(3, 2, 1, 4)}).splitlines()[2]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -126,7 +112,6 @@ def test_the_table_says_what_was_measured():
 
 
 def test_the_gap_to_the_best_is_of_pairs():
-    report = load("representation_report")
     counts = {"metaworld": {"a": [6, 8]}, "solved": {"a": [0, 1, 2, 3, 4, 5]}}
     others = {
         "rt1": {"metaworld": {"a": [0, 8]}, "solved": {}},
@@ -138,7 +123,7 @@ def test_the_gap_to_the_best_is_of_pairs():
 
 
 def test_the_page_keeps_its_words(tmp_path):
-    report, page = load("representation_report"), tmp_path / "representations.md"
+    page = tmp_path / "representations.md"
     page.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nbehind <!-- here: x -->\n")
     results = {"protocol": {"steps": 2}, "representations": {"fast": measured(1, 1, 0, 0)}}
     for _ in range(2):
@@ -152,7 +137,6 @@ def test_the_page_keeps_its_words(tmp_path):
 
 @pytest.mark.sim
 def test_who_goes_left_is_counted_as_left():
-    measures = load("representation_measures")
     from hf_vla.evaluation.envs.experts.two_ways import TwoWaysExpert
     from hf_vla.evaluation.envs.two_ways import TwoWaysTask
 

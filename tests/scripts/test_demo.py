@@ -1,10 +1,10 @@
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import demo
 import numpy as np
 import pytest
 import torch
@@ -48,9 +48,6 @@ def test_tinyvla_predicts_a_held_out_frame_and_says_how_to_get_the_simulators(tm
 
 
 def test_a_family_without_a_checkpoint_is_said_to_have_none(monkeypatch):
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
     monkeypatch.chdir(ROOT)
     names = [folder.name for folder in SHIPPED]
     assert [demo.find_checkpoint(name).name for name in names] == names

@@ -1,12 +1,13 @@
 import gzip
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ship_checkpoint
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
@@ -34,13 +35,10 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def script(monkeypatch, tmp_path):
     """The script, which writes to a folder of the test's own."""
-    spec = importlib.util.spec_from_file_location("ship_checkpoint", ROOT / "scripts" / "ship_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "CHECKPOINTS", tmp_path)
-    monkeypatch.setattr(module, "FRAMES", 3)
+    monkeypatch.setattr(ship_checkpoint, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(ship_checkpoint, "FRAMES", 3)
     monkeypatch.chdir(ROOT)
-    return module
+    return ship_checkpoint
 
 
 def write_evaluation(folder, sha256, checkpoint="outputs/mine"):
@@ -137,3 +135,14 @@ def test_changes_are_shares_of_the_recorded_range(script, trained):
     changes = script.action_changes([always(chunk), always(another)], opened)
     assert changes.shape == (3, 4, 7)
     assert changes == pytest.approx(np.broadcast_to(0.1 * (np.arange(7) == 2), (3, 4, 7)), abs=1e-6)
+
+
+def test_a_recipe_is_shown_with_its_sources_names_alone(script, tmp_path):
+    for name in ("eyes", "depth"):
+        (tmp_path / name).mkdir()
+    sources = {"model.vision_model": str(tmp_path / "eyes"), "model.depth_model": str(tmp_path / "depth")}
+    path = ROOT / "scripts" / "recipes" / "spatialvla_metaworld.yaml"
+    shown = yaml.safe_load(script.short_recipe(load_recipe(path, sources)))
+    model = yaml.safe_load(path.read_text())["model"]
+    assert shown["model"] == {**model, "vision_model": "eyes", "depth_model": "depth"}
+    assert "state" not in shown["data"] and shown["training"]["max_steps"] == 2000

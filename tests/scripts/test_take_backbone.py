@@ -1,7 +1,7 @@
-import importlib.util
 from pathlib import Path
 
 import pytest
+import take_backbone
 import torch
 from transformers import AutoModelForImageTextToText
 
@@ -21,11 +21,8 @@ def make(name, **overrides):
 
 @pytest.fixture
 def take(monkeypatch):
-    spec = importlib.util.spec_from_file_location("take_backbone", ROOT / "scripts" / "take_backbone.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     monkeypatch.chdir(ROOT)
-    return lambda source, out: module.main([str(source), str(out)])
+    return lambda source, out: take_backbone.main([str(source), str(out)])
 
 
 def test_others_begin_with_what_a_tinyvla_sees(take, tmp_path):

@@ -1,4 +1,3 @@
-import importlib.util
 import re
 import shlex
 import subprocess
@@ -7,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import train_demo
 from typer.testing import CliRunner
 
 from hf_vla.cli.main import app
@@ -47,12 +47,9 @@ def test_demo_trains_saves_reloads_and_predicts(model, title, pictures, tmp_path
 
 
 def test_words_are_compared_with_the_recorded_and_with_the_most_frequent_of_the_instruction(capsys):
-    spec = importlib.util.spec_from_file_location("train_demo", ROOT / "scripts" / "train_demo.py")
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
     recorded = np.array(["reach", "lift", "lift", "reach", "drop", "lift", "lift", "drop"], dtype=object)
     tasks = np.array([0, 0, 0, 1, 1, 0, 0, 1])
     # trained on the first four rows: the most frequent words are "lift" with task 0, and "reach" with task 1
-    demo.compare_words(["lift", "reach", "reach"], recorded, np.array([5, 6, 7]), range(4), tasks)
+    train_demo.compare_words(["lift", "reach", "reach"], recorded, np.array([5, 6, 7]), range(4), tasks)
     said = " ".join(capsys.readouterr().out.split())
     assert "on 33% of these frames" in said and said.endswith("right on 67%.")

@@ -1,27 +1,16 @@
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import train_depth as script
 from transformers import AutoModelForDepthEstimation
 
 from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
 from hf_vla.models.spatialvla.modeling_spatialvla import SpatialVLAForConditionalGeneration
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train_depth.py"
 
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_depth", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_few_steps_lower_the_error(script, monkeypatch):
+def test_a_few_steps_lower_the_error(monkeypatch):
     """A wall three metres away; nothing but the depth model is trained."""
     monkeypatch.setattr(script, "HELD_OUT", 2)
     monkeypatch.setattr(script, "BATCH_SIZE", 2)
@@ -38,7 +27,7 @@ def test_a_few_steps_lower_the_error(script, monkeypatch):
 
 
 @pytest.mark.sim
-def test_rendered_pairs_are_in_metres(script):
+def test_rendered_pairs_are_in_metres():
     options = SimpleNamespace(env="metaworld", tasks="drawer-close-v3", camera="corner4", size=32, episodes=2)
     pictures, depths = script.render(options)
     assert pictures.shape == (len(depths), 32, 32, 3) and pictures.dtype == np.uint8 and len(depths) > 10
@@ -47,7 +36,7 @@ def test_rendered_pairs_are_in_metres(script):
 
 
 @pytest.mark.sim
-def test_what_it_writes_is_a_depth_model(script, tmp_path, monkeypatch):
+def test_what_it_writes_is_a_depth_model(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "HELD_OUT", 4)
     options = ["--tasks", "drawer-close-v3", "--size", "32", "--episodes", "1", "--steps", "2"]
     script.main([*options, "--out", str(tmp_path / "zoe")])
