@@ -407,20 +407,22 @@ def test_the_mask_is_trained_with_adapters_and_with_the_head_alone(tmp_path):
     assert not torch.equal(other, make()[0].predict_action(**prompts(processor)).logits)
 
 
-def learn(model, batch):
+def learn(model, batch, steps=100):
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     torch.manual_seed(0)
-    for _ in range(100):
+    for _ in range(steps):
         optimizer.zero_grad()
         model.train()(**batch).loss.backward()
         optimizer.step()
+        schedule.step()
 
 
 def test_it_learns_which_visible_tokens_are_wrong():
     """Planted errors are doubted, what is right is not: re-masking tells them apart by the probability."""
     model, processor = make("uniform", spread=None, replace_rate=0.1)
     batch = training_batch(processor)
-    learn(model, batch)
+    learn(model, batch, steps=200)
     is_action, begin = model._is_action(batch["input_ids"]), model.config.action_token_begin_idx
     right = batch["input_ids"][is_action] - begin
     planted = torch.arange(len(right)) % 7 == 0
@@ -431,7 +433,7 @@ def test_it_learns_which_visible_tokens_are_wrong():
         scores = model.eval()(**prompt).logits[is_action][:, begin : begin + 256].float()
     probability = scores.softmax(-1)[torch.arange(len(shown)), shown]
     assert probability[planted].max() < 0.05
-    assert probability[~planted].min() > 0.2 and probability[~planted].median() > 0.9
+    assert probability[~planted].min() > 0.5
 
 
 def test_replaced_tokens_are_permitted_ones_and_as_many_as_wanted():
