@@ -76,7 +76,7 @@ def test_says_what_is_missing():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--compare", "a", "b", "--model", "x", "--out", "y"), "no use for --model, --out"),
+        (("--compare", "a", "b", "--out", "y", "--card"), "no use for --out, --card"),
         (("--model", "x", "--open-loop", "y", "--card", "--probe", "blank"), "no use for --card, --probe"),
     ],
 )
@@ -130,7 +130,8 @@ def test_compares_with_recorded_actions(point, checkpoint, demos, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"), [("missing", "pip install 'hf-vla[sim]'"), ("assets", "The point's assets")]
+    ("fault", "said"),
+    [("missing", "pip install 'hf-vla[sim]'"), ("assets", "The point's assets"), ("egl", "apt-get install libegl1")],
 )
 def test_says_how_to_get_a_simulator(point, checkpoint, tmp_path, monkeypatch, fault, said):
     monkeypatch.setenv("POINT_FAULT", f"{fault} - -1 -1 -")

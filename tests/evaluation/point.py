@@ -11,7 +11,8 @@ import numpy as np
 from hf_vla.actions.spec import ActionSpec, CameraSpec, GripperSpec, StateSpec
 from hf_vla.evaluation.envs.base import SimulatedTask, check_known
 
-# "kill", "hang" or "raise", a task, a seed, a step, and a file that is there once it happened; "missing" or "assets"
+# "kill", "hang" or "raise", a task, a seed, a step, and a file that is there once it happened; or what is not there:
+# "missing", "egl" or "assets"
 FAULT = "POINT_FAULT"
 MIRRORED = "POINT_MIRRORED"  # its gripper is 1 open and 0 closed, and does the same as the other
 PIDS = "POINT_PIDS"  # folder in which every process leaves a file of its number, with a dot for every environment
@@ -37,6 +38,8 @@ class PointTask(SimulatedTask):
         match os.environ.get(FAULT, "").split():
             case ["missing", *_]:
                 import swampland  # noqa: F401
+            case ["egl", *_]:
+                raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
             case ["assets", *_]:
                 raise FileNotFoundError("The point's assets are not installed.")
         self.instruction = f"Go to the {self.task}"

@@ -64,7 +64,7 @@ def evaluate(
     console = Console()
     if compare is not None:
         others = {"--model": model, "--env": env, "--tasks": tasks, "--open-loop": open_loop, "--out": out}
-        refuse("--compare", **others)
+        refuse("--compare", **others, **{"--card": card, "--probe": probe, "--videos": videos})
         from hf_vla.evaluation.comparison import compare as compare_folders
 
         console.print(compare_folders(*compare)[0], soft_wrap=True, markup=False, highlight=False)
@@ -126,10 +126,11 @@ def evaluate(
             console.print(f"Interrupted; the same command goes on with {folder}.", markup=False, highlight=False)
             raise
         console.print(success_table(records, name))
-        write_report(folder)
+        report = write_report(folder)
     if recorded:
         compare_open_loop(policy, recorded, folder, console)
-    console.print(f"Wrote {write_report(folder)}", highlight=False)
+        report = write_report(folder)
+    console.print(f"Wrote {report}", highlight=False)
     if card:
         console.print(f"Wrote {add_to_model_card(model, folder)}", highlight=False)
 

@@ -61,18 +61,6 @@ def swap(observation: dict[str, Any], context: ProbeContext) -> dict[str, Any]:
     return {**observation, TASK: texts[(texts.index(own) + len(texts) // 2) % len(texts)]}
 
 
-def check_probes(names: Sequence[str], tasks: Sequence[str]) -> None:
-    """Check that probes can be run over a selection of tasks, before anything is run.
-
-    Raises:
-        ValueError: one is unknown, or there is no other instruction to swap with.
-    """
-    for name in names:
-        check_known("probe", name, PROBES)
-    if "swap" in names and len(tasks) == 1:
-        raise ValueError(f"The probe 'swap' gives a task another's instruction: select more than {tasks[0]!r}.")
-
-
 def noise(observation: dict[str, Any], context: ProbeContext) -> dict[str, Any]:
     """Gaussian noise on every picture, with a standard deviation of a tenth of the range; drawn from seed and step."""
     generator = np.random.default_rng([context.seed, context.step])
@@ -125,6 +113,18 @@ PROBES = {
         "Such noise costs no more than these episodes could show.",
     ),
 }
+
+
+def check_probes(names: Sequence[str], tasks: Sequence[str]) -> None:
+    """Check that probes can be run over a selection of tasks, before anything is run.
+
+    Raises:
+        ValueError: one is unknown, or there is no other instruction to swap with.
+    """
+    for name in names:
+        check_known("probe", name, PROBES)
+    if "swap" in names and len(tasks) == 1:
+        raise ValueError(f"The probe 'swap' gives a task another's instruction: select more than {tasks[0]!r}.")
 
 
 def probe_dataset(policy: Policy, episodes: LeRobotEpisodes, frames: int = 100) -> dict[str, Any]:
