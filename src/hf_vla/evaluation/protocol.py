@@ -142,7 +142,8 @@ def config_sha256(model, processor) -> str:
     That is the model's configuration, the processor's with its statistics, and the tokenizer with its chat template.
     Where it was loaded from, and the transformers that wrote it, are left out.
     """
-    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    backend = getattr(processor.tokenizer, "backend_tokenizer", None)  # of most, not of SentencePiece's or Mistral's
+    tokenizer = processor.tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     said = {
         "model": model.config.to_dict(),
         "processor": processor.to_dict(),
