@@ -155,8 +155,8 @@ def _dataset_facts(opened: OpenDataset, holds_tail: bool) -> DatasetFacts:
     spec = ActionSpec(names, action.kind, action.rotation, action.frame, float(dataset.fps), action.gripper)
     if spec.gripper is not None:
         _check_gripper(spec.gripper, actions[:, spec.gripper.index])
-    rows = opened.train_rows[:: 1 + len(opened.train_rows) // MAX_CHUNKS]
-    chunks, is_pad = dataset.windows(schema.ACTION, rows)
+    starts = opened.train_rows[:: 1 + len(opened.train_rows) // MAX_CHUNKS]
+    chunks, is_pad = dataset.windows(schema.ACTION, starts)
     if holds_tail:
         chunks = hold_tail(chunks, is_pad, spec)
     cameras = [camera_spec(camera, dataset) for camera in data.cameras]

@@ -1,9 +1,8 @@
 """Discrete diffusion of action tokens: all of them masked, predicted in parallel, revealed from the surest on.
 
 Training hides a random part of a chunk's tokens and asks for them; it may replace some of the others, and ask there,
-too. Decoding begins with all hidden; every pass
-predicts each of them, keeps those it is surest of, and may take back what it has come to doubt. No model in here:
-`predict` is one.
+too. Decoding begins with all hidden; every pass predicts each of them, keeps those it is surest of, and may take back
+what it has come to doubt. No model in here: `predict` is one.
 
 Source: Discrete Diffusion VLA, https://huggingface.co/papers/2508.20072, sections 3.2 to 3.5; the schedule is
 MaskGIT's, https://huggingface.co/papers/2202.04200, section 3.2

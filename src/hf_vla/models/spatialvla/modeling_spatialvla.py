@@ -517,14 +517,12 @@ class SpatialVLAForConditionalGeneration(VLAPreTrainedModel, SpatialVLAGeneratio
         if (counts != counts[0]).any():
             raise ValueError(f"Expected equally many action tokens in every sample, got {counts.tolist()}.")
         masked = random_mask(labels[is_action].view(len(labels), counts[0]) != -100)
-        hidden, asked = is_action.masked_scatter(is_action, masked), is_action
+        hidden = asked = is_action.masked_scatter(is_action, masked)
         if self.config.replace_rate > 0:
             begin, places = self.config.action_token_begin_idx, self.config.action_ranges(1)
             ranges = torch.tensor(places, device=input_ids.device).repeat(int(counts[0]) // len(places), 1) + begin
             shown = replace(input_ids[is_action].view_as(masked), ~masked, ranges, self.config.replace_rate)
-            input_ids = input_ids.masked_scatter(is_action, shown)
-        else:
-            asked = hidden
+            input_ids, asked = input_ids.masked_scatter(is_action, shown), is_action
         return input_ids, hidden, is_action.cumsum(-1) - 1, labels.masked_fill(~asked, -100)
 
 
