@@ -25,7 +25,7 @@ TITLES = {  # and what the colour of the figure says: how an answer comes about
     "divla": ("DiVLA, words and diffusion", "denoising"),
 }
 COLORS = {"one pass": "#D55E00", "token by token": "#0072B2", "denoising": "#009E73"}
-SIDES = {"left": "#4477AA", "right": "#EE8866", "lost behind it": "#DDDDDD", "hit or lost before it": "#BB2222"}
+SIDES = {"by the left": "#4477AA", "by the right": "#EE8866", "hit or lost before it": "#DDDDDD"}
 METERS = 0.01  # of one unit of Meta-World's translation
 HEAD = (
     "",
@@ -153,16 +153,11 @@ def draw(representations: dict) -> Figure:
 
 
 def _draw_ways(axis, counts):
-    ends = {
-        "left": ("left",),
-        "right": ("right",),
-        "lost behind it": ("left, lost", "right, lost"),
-        "hit or lost before it": ("none",),
-    }
+    ends = zip(SIDES, (("left", "left, lost"), ("right", "right, lost"), ("none",)), strict=True)
     left = [0.0] * len(counts)
-    for label, names in ends.items():
+    for label, names in ends:
         shares = [100 * sum(each[name] for name in names) / sum(each.values()) for each in counts]
         axis.barh(range(len(counts)), shares, left=left, color=SIDES[label], label=label)
         left = [low + share for low, share in zip(left, shares, strict=True)]
-    axis.set(xlim=(0, 100), xlabel="%", title="two ways: round the obstacle")
+    axis.set(xlim=(0, 100), xlabel="%", title="two ways: past the obstacle")
     axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
