@@ -81,7 +81,7 @@ def as_table(representations: dict) -> str:
                 ", ".join(sides(start) for start in drawn),
                 f"{measured['action_error']:.3f}",
                 f"{worst:.2g} ({mean:.2g})",
-                f"{measured['tokens_per_action']:.3g} ({'' if seven is None else f'{seven:.3g}'})",
+                f"{measured['tokens_per_action']:.3g} ({'?' if seven is None else f'{seven:.3g}'})",
                 f"{measured['tokens_per_chunk']:.3g}",
                 f"{passes['language']:.3g} + {passes['head']:.3g}",
                 f"{measured['ms_per_chunk']:.3g}",
