@@ -326,6 +326,19 @@ def test_heads_that_denoise_begin_with_the_given_noise(head, observation):
     torch.testing.assert_close(torch.cat(alone), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", DENOISING, indirect=True)
+def test_several_draws_are_the_mean_of_single_ones(case, batch):
+    name, options = case[0], {**case[1], "condition_dropout": 0.0, "guidance_scale": 1.0}
+    one, four = (build(name, {**options, "noise_draws": draws}) for draws in (1, 4))
+    four.load_state_dict(one.state_dict())
+    generator = seeded()
+    singles = torch.stack([one.loss(**batch, generator=generator) for _ in range(4)])
+    torch.testing.assert_close(loss(four.train(), batch), singles.mean(0))
+    assert torch.equal(loss(four.eval(), batch), singles[0]) and not torch.equal(singles[0], singles[1])
+    with pytest.raises(ValueError, match="noise_draws of 1 or more"):
+        build(name, {"noise_draws": 0})
+
+
 def test_a_state_is_needed_exactly_where_it_is_declared(case, batch, observation):
     without = {"state": None}
     blind = build(*case, state_dim=None)

@@ -322,7 +322,7 @@ def test_samples_that_are_not_finite_raise():
         ({"time_sampling": "logit_normal"}, "Expected time_sampling in .*'beta', 'uniform'.* came 'logit_normal'"),
         ({"solver": "rk4"}, "solver in .*'euler', 'heun'.* came .*'rk4'"),
         ({"guidance_scale": 2.0}, "condition_dropout above 0"),
-        ({"num_inference_steps": 0}, "num_inference_steps of 1 or more"),
+        ({"num_inference_steps": 0}, "num_inference_steps and noise_draws of 1 or more"),
     ],
 )
 def test_wrong_options_raise(options, message):

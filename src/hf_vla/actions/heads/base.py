@@ -284,12 +284,15 @@ class DenoisingHead(ActionHead):
         condition_dropout (`float`): share of training samples that see a learnt null condition instead of theirs, for
             classifier-free guidance.
         guidance_scale (`float`): 1: no guidance; s: `null + s * (conditioned - null)`. Above 0.
+        noise_draws (`int`): noises and times that a loss draws for each sample in training mode, and is the mean of.
+            The VLM runs once for all of them, and its gradient is that much steadier.
         others: see [`ActionHead`].
 
     Raises:
         ValueError: an option is not valid, or there is guidance without a null condition.
 
-    Source: classifier-free guidance, https://huggingface.co/papers/2207.12598
+    Source: classifier-free guidance, https://huggingface.co/papers/2207.12598; several draws: CogACT,
+        https://huggingface.co/papers/2411.19650 (`repeated_diffusion_steps` of its code)
     """
 
     def __init__(
@@ -303,18 +306,21 @@ class DenoisingHead(ActionHead):
         num_inference_steps: int = 10,
         condition_dropout: float = 0.0,
         guidance_scale: float = 1.0,
+        noise_draws: int = 1,
         **kwargs,
     ):
         super().__init__(feature_dim, action_dim, chunk_size, state_dim, **kwargs)
-        if num_inference_steps < 1 or not 0 <= condition_dropout < 1 or guidance_scale <= 0:
+        if min(num_inference_steps, noise_draws) < 1 or not 0 <= condition_dropout < 1 or guidance_scale <= 0:
             raise ValueError(
-                "Expected num_inference_steps of 1 or more, condition_dropout in [0, 1) and guidance_scale above 0, "
-                f"came {num_inference_steps}, {condition_dropout} and {guidance_scale}."
+                "Expected num_inference_steps and noise_draws of 1 or more, condition_dropout in [0, 1) and "
+                f"guidance_scale above 0, came {num_inference_steps}, {noise_draws}, {condition_dropout} and "
+                f"{guidance_scale}."
             )
         if guidance_scale != 1.0 and condition_dropout == 0.0:
             raise ValueError("Guidance needs a null condition: train with condition_dropout above 0 (0.1 is usual).")
         self.num_inference_steps = num_inference_steps
         self.condition_dropout, self.guidance_scale = condition_dropout, guidance_scale
+        self.noise_draws = noise_draws
         denoiser = {"type": "conditional_unet1d"} if denoiser is None else denoiser
         self.denoiser = build_denoiser(denoiser, action_dim, chunk_size, feature_dim)
         if condition_dropout:
@@ -326,6 +332,11 @@ class DenoisingHead(ActionHead):
         """Let the learnt null condition start at 0."""
         if self.condition_dropout:
             nn.init.zeros_(self.null_condition)
+
+    @property
+    def draws(self) -> range:
+        """Of a loss."""
+        return range(self.noise_draws if self.training else 1)
 
     def encode_condition(self, features, feature_mask, state, generator) -> Condition:
         """Encode the observation for a loss; in training mode a share of conditions is dropped."""

@@ -98,7 +98,7 @@ class DiffusionHead(DenoisingHead):
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Squared error of the prediction at one time for each sample; see [`ActionHead`].
+        """Squared error of the prediction at one time for each sample, or several (`noise_draws`); see [`ActionHead`].
 
         Args:
             noise (`torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`, *optional*): drawn by default.
@@ -111,21 +111,26 @@ class DiffusionHead(DenoisingHead):
             ValueError: also where timesteps have another shape or dtype, or lie outside the training times.
         """
         actions = self.mask_padding(features, actions, action_mask)
-        noise = self.initial_noise(features, generator, noise, action_mask)
         count, last = (len(features),), self.num_train_timesteps - 1
-        if timesteps is None:
-            timesteps = draw(torch.randint, last + 1, count, generator=generator, device=features.device)
-        elif (
+        if timesteps is not None and (
             timesteps.shape != count or timesteps.dtype != torch.int64 or ((timesteps < 0) | (timesteps > last)).any()
         ):
             raise ValueError(f"Expected timesteps of shape {count}, int64, in 0 to {last}, came {timesteps}.")
+        drawn, losses = [], []
+        for _ in self.draws:
+            added, times = self.initial_noise(features, generator, noise, action_mask), timesteps
+            if times is None:
+                times = draw(torch.randint, last + 1, count, generator=generator, device=features.device)
+            drawn.append((added, times))
         condition = self.encode_condition(features, feature_mask, state, generator)
-        (context,) = self.denoiser.prepare(condition, timesteps[None])
-        alpha = self.alphas_cumprod.to(features.device)[timesteps][:, None, None]
-        signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
-        prediction = self.denoise(signal * actions + spread * noise, context)
-        wanted = target(self.prediction_type, actions, noise, signal, spread)
-        return self.reduce((prediction - wanted) ** 2, action_mask)
+        for added, times in drawn:
+            (context,) = self.denoiser.prepare(condition, times[None])
+            alpha = self.alphas_cumprod.to(features.device)[times][:, None, None]
+            signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
+            prediction = self.denoise(signal * actions + spread * added, context)
+            wanted = target(self.prediction_type, actions, added, signal, spread)
+            losses.append(self.reduce((prediction - wanted) ** 2, action_mask))
+        return torch.stack(losses).mean(0)
 
     @torch.no_grad()
     def sample(

@@ -57,7 +57,7 @@ class FlowMatchingHead(DenoisingHead):
         noise: torch.Tensor | None = None,
         times: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Squared error of the velocity; see [`ActionHead`].
+        """Squared error of the velocity at one time for each sample, or several (`noise_draws`); see [`ActionHead`].
 
         Args:
             noise (`torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`, *optional*): drawn by default.
@@ -70,16 +70,19 @@ class FlowMatchingHead(DenoisingHead):
             ValueError: also where times have another shape or lie outside [0, 1].
         """
         actions = self.mask_padding(features, actions, action_mask)
-        noise = self.initial_noise(features, generator, noise, action_mask)
-        if times is None:
-            times = self.draw_times(len(features), generator, features.device)
-        elif times.shape != (len(features),) or not ((times >= 0) & (times <= 1)).all():
+        if times is not None and (times.shape != (len(features),) or not ((times >= 0) & (times <= 1)).all()):
             raise ValueError(f"Expected times of shape {(len(features),)} in [0, 1], came {times}.")
-        times = times.float()
+        drawn, losses = [], []
+        for _ in self.draws:
+            start = self.initial_noise(features, generator, noise, action_mask)
+            time = self.draw_times(len(features), generator, features.device) if times is None else times.float()
+            drawn.append((start, time))
         condition = self.encode_condition(features, feature_mask, state, generator)
-        (context,) = self.denoiser.prepare(condition, 1000 * times[None])
-        velocity = self.denoise(torch.lerp(noise, actions, times[:, None, None]), context)
-        return self.reduce((velocity - (actions - noise)) ** 2, action_mask)
+        for start, time in drawn:
+            (context,) = self.denoiser.prepare(condition, 1000 * time[None])
+            velocity = self.denoise(torch.lerp(start, actions, time[:, None, None]), context)
+            losses.append(self.reduce((velocity - (actions - start)) ** 2, action_mask))
+        return torch.stack(losses).mean(0)
 
     def draw_times(self, count: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
         """Training times `(count,)` on [0, 1), float32; the Beta's by its inverse distribution function."""
