@@ -1,4 +1,4 @@
-# make demo      a shipped checkpoint predicts and, where the simulators are, acts; MODEL=divla for the other
+# make demo      a shipped checkpoint predicts and, where the simulators are, acts; MODEL=spatialvla or divla for others
 # make train-demo  train, save, reload and try a tiny model on the embedded demonstrations; MODEL=tinyvla or divla likewise
 # make test      the default test suite (CPU, offline)
 # make test-sim  the tests in simulators; they render by EGL (Debian: libegl1, libgl1-mesa-dri)
