@@ -64,17 +64,19 @@ def drive_two_ways(folder, budget) -> dict:
         controller = Controller(folder, sampled=way == "sampled")
         if way == "sampled" and not controller.chooses:
             continue
-        draws = [_drive(controller, [seed] * budget.draws, budget.ways_executed) for seed in range(budget.starts)]
+        draws = [
+            _drive(controller, [seed] * budget.draws, budget.ways_executed, seed) for seed in range(budget.starts)
+        ]
         results[way] = {
-            "episodes": _counts(_drive(controller, range(budget.ways_episodes), budget.ways_executed)),
+            "episodes": _counts(_drive(controller, range(budget.ways_episodes), budget.ways_executed, budget.starts)),
             "starts": [_counts(envs) for envs in draws],
         }
     return results
 
 
-def _drive(controller, seeds, executed):
-    """Run one episode for each seed, side by side, with numbers of its own for each; return the environments."""
-    envs, generator = [TwoWaysTask("reach-behind") for _ in seeds], torch.Generator().manual_seed(0)
+def _drive(controller, seeds, executed, drawn=0):
+    """Run an episode for each seed, side by side; `drawn` is the seed of what is drawn. Return the environments."""
+    envs, generator = [TwoWaysTask("reach-behind") for _ in seeds], torch.Generator().manual_seed(drawn)
     for env, seed in zip(envs, seeds, strict=True):
         env.restart(seed)
     return _run(envs, controller, executed, generator)

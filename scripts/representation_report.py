@@ -25,7 +25,11 @@ TITLES = {  # and what the colour of the figure says: how an answer comes about
     "divla": ("DiVLA, words and diffusion", "denoising"),
 }
 COLORS = {"one pass": "#D55E00", "token by token": "#0072B2", "denoising": "#009E73"}
-SIDES = {"by the left": "#4477AA", "by the right": "#EE8866", "hit or lost before it": "#DDDDDD"}
+SIDES = {  # how an episode with two ways ended: colour, names of counts
+    "by the left": ("#4477AA", ("left", "left, lost")),
+    "by the right": ("#EE8866", ("right", "right, lost")),
+    "hit or lost before it": ("#DDDDDD", ("none",)),
+}
 METERS = 0.01  # of one unit of Meta-World's translation
 HEAD = (
     "",
@@ -33,6 +37,7 @@ HEAD = (
     "to the best, points (Holm p)",
     "two ways, success (95 %)",
     "commits to a side; left : right",
+    "the same, drawn",
     "from one start, drawn: left : right",
     "action error",
     "round trip, worst (mean), mm",
@@ -68,7 +73,7 @@ def as_table(representations: dict) -> str:
     for name, measured in representations.items():
         usual, passes = measured["two_ways"]["usual"], measured["passes"]
         total = sum(usual["episodes"].values())
-        drawn = measured["two_ways"].get("sampled", usual)["starts"]
+        drawn = measured["two_ways"].get("sampled", usual)
         seven = measured["tokens_per_action_of_seven"]
         worst, mean = (1000 * METERS * max(measured[f"round_trip_{what}"][:3]) for what in ("worst", "mean"))
         rows.append(
@@ -77,8 +82,11 @@ def as_table(representations: dict) -> str:
                 percent(success(measured)),
                 gaps[name],
                 percent(wilson(usual["episodes"]["left"] + usual["episodes"]["right"], total)),
-                f"{percent(wilson(total - usual['episodes']['none'], total))}; {sides(usual['episodes'])}",
-                ", ".join(sides(start) for start in drawn),
+                *(
+                    f"{percent(passes_by(counts))}; {sides(counts)}"
+                    for counts in (usual["episodes"], drawn["episodes"])
+                ),
+                ", ".join(sides(start) for start in drawn["starts"]),
                 f"{measured['action_error']:.3f}",
                 f"{worst:.2g} ({mean:.2g})",
                 f"{measured['tokens_per_action']:.3g} ({'?' if seven is None else f'{seven:.3g}'})",
@@ -117,6 +125,12 @@ def success(measured):
     return mean_over_tasks([tuple(counts) for counts in measured["metaworld"].values()])
 
 
+def passes_by(counts: dict[str, int]):
+    """The share that gets past the obstacle."""
+    total = sum(counts.values())
+    return wilson(total - counts["none"], total)
+
+
 def sides(counts: dict[str, int]) -> str:
     """How often by the left and how often by the right, whether the goal was reached or not."""
     return " : ".join(str(counts[side] + counts[f"{side}, lost"]) for side in ("left", "right"))
@@ -153,11 +167,10 @@ def draw(representations: dict) -> Figure:
 
 
 def _draw_ways(axis, counts):
-    ends = zip(SIDES, (("left", "left, lost"), ("right", "right, lost"), ("none",)), strict=True)
     left = [0.0] * len(counts)
-    for label, names in ends:
+    for label, (color, names) in SIDES.items():
         shares = [100 * sum(each[name] for name in names) / sum(each.values()) for each in counts]
-        axis.barh(range(len(counts)), shares, left=left, color=SIDES[label], label=label)
+        axis.barh(range(len(counts)), shares, left=left, color=color, label=label)
         left = [low + share for low, share in zip(left, shares, strict=True)]
     axis.set(xlim=(0, 100), xlabel="%", title="two ways: past the obstacle")
     axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)

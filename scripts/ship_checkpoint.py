@@ -85,7 +85,7 @@ actions by {change:.2g} % of their range on average, and by {largest:.2g} % at m
 ## Limits
 
 It knows one simulated robot, its cameras where they stood, and these instructions, word by word. It has never been
-on a robot, and its actions are not clipped to the range of the recorded ones. A model this small shows how a
+on a robot. A model this small shows how a
 vision-language-action model is trained, run and evaluated; it does not generalise as one of billions of parameters.
 
 `frame.json` is the middle of a held-out episode, with its pictures and the actions recorded there.

@@ -4,8 +4,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from transformers import ByT5Tokenizer
 
 pytest.importorskip("gymnasium")
 
@@ -265,6 +267,9 @@ def test_a_checkpoint_is_what_it_holds_not_what_it_is_called(tiny, run, tmp_path
         assert config_sha256(model, processor) == same
         change(processor.tokenizer)
         assert config_sha256(model, processor) != same
+    slow = [ByT5Tokenizer(extra_ids=count) for count in (0, 9)]  # written in Python
+    hashes = [config_sha256(model, SimpleNamespace(tokenizer=each, chat_template=None, to_dict=dict)) for each in slow]
+    assert hashes[0] != hashes[1]
 
 
 @pytest.mark.parametrize(

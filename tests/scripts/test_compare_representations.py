@@ -102,13 +102,17 @@ def measured(left, right, lost, none):
 
 def test_the_table_says_what_was_measured():
     assert set(report.TITLES) == {path.stem for path in RECIPES}
-    line = report.as_table({"openvla": measured(3, 2, 1, 4)}).splitlines()[2]
+    drawn = measured(1, 1, 0, 8)["two_ways"]["usual"]
+    results = measured(3, 2, 1, 4)
+    results["two_ways"]["sampled"] = {"episodes": drawn["episodes"], "starts": [drawn["episodes"]] * 2}
+    line = report.as_table({"openvla": results}).splitlines()[2]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1].startswith("62.5 %") and cells.pop(2) == "the best"
     assert cells[2].startswith("50.0 %")  # 5 of 8; 5 of 10 arrived
     # who was lost behind the obstacle went by the left, too
-    assert cells[3].startswith("60.0 %") and cells[3].endswith("; 4 : 2") and cells[4] == "4 : 2"
-    assert cells[5:] == ["0.250", "4 (2)", "4 (7)", "64", "64 + 0", "32", "2", "1.20 M", "80"]
+    assert cells[3].startswith("60.0 %") and cells[3].endswith("; 4 : 2")
+    assert cells[4].startswith("20.0 %") and cells[4].endswith("; 1 : 1") and cells[5] == "1 : 1, 1 : 1"
+    assert cells[6:] == ["0.250", "4 (2)", "4 (7)", "64", "64 + 0", "32", "2", "1.20 M", "80"]
 
 
 def test_the_gap_to_the_best_is_of_pairs():

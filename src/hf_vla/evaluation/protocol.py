@@ -139,10 +139,11 @@ def weights_sha256(model: torch.nn.Module) -> str:
 def config_sha256(model, processor) -> str:
     """SHA-256 of everything else in a checkpoint.
 
-    That is the model's configuration, the processor's with its statistics, and the tokenizer with its chat template.
+    That is the model's configuration, the processor's with its statistics, and the tokenizer (where it has no fast
+    backend, its vocabulary alone) with its chat template.
     Where it was loaded from, and the transformers that wrote it, are left out.
     """
-    backend = getattr(processor.tokenizer, "backend_tokenizer", None)  # of most, not of SentencePiece's or Mistral's
+    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
     tokenizer = processor.tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     said = {
         "model": model.config.to_dict(),

@@ -19,6 +19,7 @@ DPM = {
     "prediction_type": "sample",
 }
 PARALLEL = {"network": "parallel", "hidden_dim": 16}
+GIVEN_TIMES = {"diffusion": {"timesteps": torch.arange(3)}, "flow_matching": {"times": torch.zeros(3)}}
 # options that make a head small; a head without any here is tested with its defaults
 SMALL = {
     "diffusion": [
@@ -335,6 +336,12 @@ def test_several_draws_are_the_mean_of_single_ones(case, batch):
     singles = torch.stack([one.loss(**batch, generator=generator) for _ in range(4)])
     torch.testing.assert_close(loss(four.train(), batch), singles.mean(0))
     assert torch.equal(loss(four.eval(), batch), singles[0]) and not torch.equal(singles[0], singles[1])
+    for options in ({}, {"condition_dropout": 0.5}):
+        head, calls = build(name, {**case[1], **options, "noise_draws": 4}).train(), []
+        head.denoiser.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        assert torch.equal(loss(head, batch), loss(head, batch)) and len(calls) == 8
+        head.loss(**batch, noise=torch.zeros(BATCH, CHUNK, ACTIONS), **GIVEN_TIMES[name])
+        assert len(calls) == 9
     with pytest.raises(ValueError, match="noise_draws of 1 or more"):
         build(name, {"noise_draws": 0})
 

@@ -284,8 +284,9 @@ class DenoisingHead(ActionHead):
         condition_dropout (`float`): share of training samples that see a learnt null condition instead of theirs, for
             classifier-free guidance.
         guidance_scale (`float`): 1: no guidance; s: `null + s * (conditioned - null)`. Above 0.
-        noise_draws (`int`): noises and times that a loss draws for each sample in training mode, and is the mean of.
-            The VLM runs once for all of them, and its gradient is that much steadier.
+        noise_draws (`int`): noises and times that a loss in training mode draws for each sample, and is the mean of;
+            of given ones, it takes those. The VLM runs once for all, so that its gradient is steadier at the cost of
+            so many passes of the denoiser. A dropped condition is dropped for all of a sample.
         others: see [`ActionHead`].
 
     Raises:
@@ -333,10 +334,9 @@ class DenoisingHead(ActionHead):
         if self.condition_dropout:
             nn.init.zeros_(self.null_condition)
 
-    @property
-    def draws(self) -> range:
-        """Of a loss."""
-        return range(self.noise_draws if self.training else 1)
+    def num_draws(self, *given: torch.Tensor | None) -> int:
+        """Noises and times of a loss; one where both are given."""
+        return self.noise_draws if self.training and None in given else 1
 
     def encode_condition(self, features, feature_mask, state, generator) -> Condition:
         """Encode the observation for a loss; in training mode a share of conditions is dropped."""

@@ -116,16 +116,17 @@ class DiffusionHead(DenoisingHead):
             timesteps.shape != count or timesteps.dtype != torch.int64 or ((timesteps < 0) | (timesteps > last)).any()
         ):
             raise ValueError(f"Expected timesteps of shape {count}, int64, in 0 to {last}, came {timesteps}.")
-        drawn, losses = [], []
-        for _ in self.draws:
-            added, times = self.initial_noise(features, generator, noise, action_mask), timesteps
-            if times is None:
-                times = draw(torch.randint, last + 1, count, generator=generator, device=features.device)
-            drawn.append((added, times))
+        noises, times, losses = [], [], []
+        for _ in range(self.num_draws(noise, timesteps)):
+            noises.append(self.initial_noise(features, generator, noise, action_mask))
+            if timesteps is None:
+                times.append(draw(torch.randint, last + 1, count, generator=generator, device=features.device))
+            else:
+                times.append(timesteps)
         condition = self.encode_condition(features, feature_mask, state, generator)
-        for added, times in drawn:
-            (context,) = self.denoiser.prepare(condition, times[None])
-            alpha = self.alphas_cumprod.to(features.device)[times][:, None, None]
+        contexts = self.denoiser.prepare(condition, torch.stack(times))
+        for added, time, context in zip(noises, times, contexts, strict=True):
+            alpha = self.alphas_cumprod.to(features.device)[time][:, None, None]
             signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
             prediction = self.denoise(signal * actions + spread * added, context)
             wanted = target(self.prediction_type, actions, added, signal, spread)

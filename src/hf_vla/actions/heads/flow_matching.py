@@ -72,14 +72,14 @@ class FlowMatchingHead(DenoisingHead):
         actions = self.mask_padding(features, actions, action_mask)
         if times is not None and (times.shape != (len(features),) or not ((times >= 0) & (times <= 1)).all()):
             raise ValueError(f"Expected times of shape {(len(features),)} in [0, 1], came {times}.")
-        drawn, losses = [], []
-        for _ in self.draws:
-            start = self.initial_noise(features, generator, noise, action_mask)
+        starts, drawn, losses = [], [], []
+        for _ in range(self.num_draws(noise, times)):
+            starts.append(self.initial_noise(features, generator, noise, action_mask))
             time = self.draw_times(len(features), generator, features.device) if times is None else times.float()
-            drawn.append((start, time))
+            drawn.append(time)
         condition = self.encode_condition(features, feature_mask, state, generator)
-        for start, time in drawn:
-            (context,) = self.denoiser.prepare(condition, 1000 * time[None])
+        contexts = self.denoiser.prepare(condition, 1000 * torch.stack(drawn))
+        for start, time, context in zip(starts, drawn, contexts, strict=True):
             velocity = self.denoise(torch.lerp(start, actions, time[:, None, None]), context)
             losses.append(self.reduce((velocity - (actions - start)) ** 2, action_mask))
         return torch.stack(losses).mean(0)
