@@ -1,10 +1,10 @@
 """Every recipe in scripts/recipes loads, and those that run on the example data train and predict."""
 
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
+import take_backbone
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -168,16 +168,14 @@ def build_head(config):
     return {name: value.shape for name, value in head.state_dict().items()}
 
 
-def test_the_recipes_of_the_shipped_checkpoints_follow_each_other(tmp_path, monkeypatch):
+def test_the_recipes_of_the_shipped_checkpoints_follow_each_other(tmp_path):
     """First learn to look, then take what has learnt it into the others."""
     root = Path(__file__).parents[2]
-    monkeypatch.syspath_prepend(root / "scripts")
-    take_backbone = import_module("take_backbone")
     short = {"max_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no", "eval_strategy": "no"}
     short |= {"estimate_memory": False, "disable_tqdm": True}
 
     def learn(name, **overrides):
-        demos = root / "scripts" / "data" / f"{name.rpartition('_')[2]}_demos"
+        demos = root / "scripts" / "data" / f"{name.split('_')[1]}_demos"
         changes = {"data.source": str(demos), "data.eval_episodes": [], "data.frame_cache": None}
         changes |= {f"training.{key}": value for key, value in short.items()}
         changes |= {"training.output_dir": str(tmp_path / name)}
@@ -191,7 +189,8 @@ def test_the_recipes_of_the_shipped_checkpoints_follow_each_other(tmp_path, monk
     learn("looking_metaworld")
     vlm = tmp_path / "vlm"
     take_backbone.main([str(tmp_path / "looking_metaworld"), str(vlm)])
-    tinyvla = learn("tinyvla_metaworld", model__backbone=tmp_path / "looking_metaworld")
+    learn("tinyvla_metaworld", model__backbone=tmp_path / "looking_metaworld")
+    tinyvla = learn("tinyvla_metaworld_further", model__path=tmp_path / "tinyvla_metaworld")
     divla = learn("divla_metaworld", model__backbone=vlm, data__reasoning=None)
     grid = learn("spatialvla_metaworld", model__vision_model=vlm / "vision", model__depth_model=None)
     wrist = learn("spatialvla_robosuite", model__vision_model=vlm / "vision")
