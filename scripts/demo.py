@@ -1,6 +1,6 @@
 """What a shipped checkpoint does: predict on a frame it has never seen, then act in a simulator.
 
-`make demo`, `make demo MODEL=divla`; `python scripts/demo.py --model tinyvla_metaworld`. Pictures go to
+`make demo`, `make demo MODEL=spatialvla`; `python scripts/demo.py --model tinyvla_metaworld`. Pictures go to
 outputs/try. The simulator is optional: without the extra `sim` it says how to get it. `make train-demo` trains.
 """
 
@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINTS = Path("spaces") / "action_demo" / "checkpoints"
 SEED = 500_000  # neither an evaluation, which count from 0, nor a demonstration, which count from 1,000,000
 FILMED = {
-    "metaworld": ("drawer-open-v3", "corner3"),
-    "robosuite": ("Lift", "sideview"),
-}  # the task, the film's camera
+    "metaworld": ("plate-slide-side-v3", "corner3", 8),
+    "robosuite": ("Lift", "sideview", 1),
+}  # the task, the film's camera, actions executed of a chunk
 FILM_SIZE = 240, 240
 WIDTH = 120  # of the table in characters, where actions have many dimensions
 PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}
@@ -104,7 +104,7 @@ def roll_out(policy, env_name, task, output, console):
     except ImportError as error:
         pip = os.path.relpath(Path(sys.executable).parent / "pip")
         install = f"`{pip} install -c constraints.txt -e '.[sim]'`"
-        console.print(f"{error} From this checkout: {install}. The next demo also acts then.", **PLAIN)
+        console.print(f"{error} The next demo also acts then. (Here, {install} installs the simulators.)", **PLAIN)
         return
     check_contract(policy, cameras, env.action_spec, env.state_spec, env.camera_specs, env_name)
     policy.reset()
@@ -143,11 +143,10 @@ def main():
     output.mkdir(parents=True, exist_ok=True)
     console = Console(width=WIDTH)
     policy = Policy.from_pretrained(checkpoint, device="cpu", seed=0)
-    half = policy.processor.action_codec.chunk_size // 2  # the later half of a chunk has not seen what happened
-    policy = Policy(policy.model, policy.processor, n_action_steps=half, seed=0)
+    env_name = checkpoint.name.rpartition("_")[2]
+    policy = Policy(policy.model, policy.processor, n_action_steps=FILMED[env_name][2], seed=0)
     console.print(f"{checkpoint}: {policy.model.num_parameters() / 1e6:.1f} million parameters", **PLAIN)
     predict(policy, checkpoint, output, console)
-    env_name = checkpoint.name.rpartition("_")[2]
     roll_out(policy, env_name, arguments.task or FILMED[env_name][0], output, console)
     console.print(f"The demo took {time.perf_counter() - start:.0f} s.", **PLAIN)
 
