@@ -358,16 +358,8 @@ class DenoisingHead(ActionHead):
         condition = self.encode(features, feature_mask, state)
         if self.guidance_scale != 1.0:
             null = self.drop_condition(condition, torch.ones(len(features), dtype=torch.bool, device=features.device))
-            condition = Condition(
-                *(
-                    torch.cat(pair)
-                    for pair in (
-                        (condition.vector, null.vector),
-                        (condition.tokens, null.tokens),
-                        (condition.token_mask, null.token_mask),
-                    )
-                )
-            )
+            parts = ("vector", "tokens", "token_mask")
+            condition = Condition(*(torch.cat((getattr(condition, part), getattr(null, part))) for part in parts))
         return self.denoiser.prepare(condition, times[:, None])
 
     def denoise(self, sample: torch.Tensor, context: Any) -> torch.Tensor:
