@@ -4,6 +4,7 @@
 everything that decides the results.
 """
 
+import gzip
 import json
 import os
 from dataclasses import asdict, dataclass, fields
@@ -119,7 +120,7 @@ def read_records(folder: str | Path) -> tuple[list[EpisodeRecord], dict[str, Any
     """Read what an evaluation left, also while it runs or after it was killed.
 
     Args:
-        folder (`str` or `Path`): the output folder.
+        folder (`str` or `Path`): the output folder, or the `eval` of a shipped checkpoint, whose records are zipped.
 
     Returns:
         `tuple`: records in the order in which they were written, without a last line that was cut off; the protocol.
@@ -132,7 +133,9 @@ def read_records(folder: str | Path) -> tuple[list[EpisodeRecord], dict[str, Any
     if not (folder / PROTOCOL).is_file():
         raise FileNotFoundError(f"{folder}: no evaluation in this folder, it has no {PROTOCOL}.")
     protocol, records = json.loads((folder / PROTOCOL).read_text(encoding="utf-8")), []
-    for number, line in enumerate(_whole_lines(folder / EPISODES).decode().splitlines(), 1):
+    zipped = folder / f"{EPISODES}.gz"
+    content = gzip.decompress(zipped.read_bytes()) if zipped.is_file() else _whole_lines(folder / EPISODES)
+    for number, line in enumerate(content.decode().splitlines(), 1):
         try:
             records.append(EpisodeRecord.from_line(line))
         except ValueError as error:
