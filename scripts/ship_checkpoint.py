@@ -74,7 +74,8 @@ action = policy.select_action(observation)  # at every control step
 
 ## Training
 
-{steps} steps, without {held_out} held-out episodes{error}. The recipe (others in `scripts/recipes` make what it starts from):
+{steps} steps, without {held_out} held-out episodes{error}.
+The recipe (others in `scripts/recipes` make what it starts from):
 
 ```yaml
 {recipe}```

@@ -191,7 +191,8 @@ def test_the_recipes_of_the_shipped_checkpoints_follow_each_other(tmp_path):
     take_backbone.main([str(tmp_path / "looking_metaworld"), str(vlm)])
     learn("tinyvla_metaworld", model__backbone=tmp_path / "looking_metaworld")
     tinyvla = learn("tinyvla_metaworld_further", model__path=tmp_path / "tinyvla_metaworld")
-    divla = learn("divla_metaworld", model__backbone=vlm, data__reasoning=None)
+    learn("divla_metaworld", model__backbone=vlm, data__reasoning=None)
+    divla = learn("divla_metaworld_further", model__path=tmp_path / "divla_metaworld", data__reasoning=None)
     grid = learn("spatialvla_metaworld", model__vision_model=vlm / "vision", model__depth_model=None)
     wrist = learn("spatialvla_robosuite", model__vision_model=vlm / "vision")
     assert [policy.takes_state for policy in (tinyvla, divla, grid, wrist)] == [True, True, False, False]
