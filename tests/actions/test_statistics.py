@@ -6,7 +6,8 @@ from multiprocessing.reduction import ForkingPickler
 import numpy as np
 import pytest
 
-from hf_vla.actions.statistics import QUANTILES, ActionStatistics, is_constant
+from hf_vla.actions.statistics import QUANTILES, ActionStatistics
+from hf_vla.actions.values import is_constant
 
 
 @pytest.fixture

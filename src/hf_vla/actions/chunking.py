@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hf_vla.actions.spec import whole_number
-from hf_vla.actions.statistics import check_finite
+from hf_vla.actions.values import check_finite
 
 
 class RecedingHorizon:

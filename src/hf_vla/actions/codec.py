@@ -9,8 +9,8 @@ from numpy.typing import ArrayLike
 
 from hf_vla.actions.normalization import ActionNormalizer
 from hf_vla.actions.spec import ActionSpec, StateSpec, whole_number
-from hf_vla.actions.statistics import check_finite
 from hf_vla.actions.tokenizers.registry import build_action_tokenizer
+from hf_vla.actions.values import check_finite
 
 SIZE_KEYS = ("n_obs_steps", "action_dim", "state_dim")
 CONFIG_KEYS = ("chunk_size", "normalization", "state_normalization", "tokenizer", "specs", *SIZE_KEYS)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_vla.actions.statistics import EPSILON, check_finite, is_constant
+from hf_vla.actions.values import EPSILON, check_finite, is_constant
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class ActionNormalizer:
       least, both in the inverse, too; constant dimensions become 0.
 
     The inverse uses the plain range, without the 1e-8, and never clips. A dimension is constant where the mode's
-    range, or min..max where known, is empty (see `hf_vla.actions.statistics.is_constant`): it is logged, every value
+    range, or min..max where known, is empty (see `hf_vla.actions.values.is_constant`): it is logged, every value
     normalises to the one number above and every prediction decodes to the constant, so that nothing is divided by
     nearly zero.
 

@@ -7,31 +7,15 @@ import numpy as np
 from datasketches import kll_doubles_sketch
 from numpy.typing import ArrayLike
 
+from hf_vla.actions.values import check_finite, is_constant
+
 logger = logging.getLogger(__name__)
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 MOMENTS = ("mean", "std", "min", "max")
 RANGES = (("min", "max"), ("q01", "q99"), ("q10", "q90"))
-EPSILON = 1e-8
 LARGEST = 1e100  # the squares of larger deviations may overflow
 _SKETCH_SIZE = 8192
-
-
-def check_finite(values: np.ndarray, what: str = "actions") -> None:
-    """Raise a ValueError that names the first row and dimension where `values` (..., D) are NaN or infinite."""
-    finite = np.isfinite(values)
-    if not finite.all():
-        row, dimension = np.argwhere(~finite.reshape(-1, values.shape[-1]))[0].tolist()
-        value = values.reshape(-1, values.shape[-1])[row, dimension]
-        raise ValueError(
-            f"Expected finite {what}, came {value} at row {row}, dimension {dimension} of {values.shape}; "
-            "drop or repair these rows, or mask the dimension where the data are wrong."
-        )
-
-
-def is_constant(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Whether each range is empty up to rounding: `high - low <= 1e-8 * max(1, |low|, |high|)`."""
-    return high - low <= EPSILON * np.maximum(1.0, np.maximum(np.abs(low), np.abs(high)))
 
 
 class ActionStatistics:

@@ -9,10 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_vla.actions.normalization import ActionNormalizer
-from hf_vla.actions.statistics import is_constant
 from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer
 from hf_vla.actions.tokenizers.registry import build_action_tokenizer
 from hf_vla.actions.tokenizers.uniform import UniformTokenizer
+from hf_vla.actions.values import is_constant
 
 SHOWN = ("min", "q01", "mean", "std", "q99", "max")
 COLORS = {"uniform": "tab:gray", "gaussian_grid": "tab:orange"}

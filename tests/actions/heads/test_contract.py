@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from hf_vla.actions.heads.base import DenoisingHead, draw
+from hf_vla.actions.heads.base import DenoisingHead
 from hf_vla.actions.heads.networks.registry import DENOISERS, build_denoiser
+from hf_vla.actions.heads.networks.samples import draw
 from hf_vla.actions.heads.registry import ACTION_HEADS, build_action_head
 
 BATCH, LENGTH, FEATURES, ACTIONS, CHUNK, STATE = 3, 6, 16, 3, 5, 4
@@ -299,9 +300,19 @@ def test_loss_and_sample_share_no_mode(head, batch, observation):
 
 @pytest.mark.parametrize("case", ONE_PASS, indirect=True)
 def test_heads_of_one_pass_refuse_noise_and_steps(head, observation):
-    for extra in ({"noise": torch.randn(BATCH, CHUNK, ACTIONS)}, {"num_inference_steps": 3}):
-        with pytest.raises(ValueError, match="in one pass: it takes neither noise nor num_inference_steps"):
+    for extra in ({"noise": torch.randn(BATCH, CHUNK, ACTIONS)}, {"num_inference_steps": 3}, {"callback": print}):
+        with pytest.raises(ValueError, match="in one pass: it takes none of noise, num_inference_steps, callback"):
             sample(head, observation, **extra)
+
+
+@pytest.mark.parametrize("case", DENOISING, indirect=True)
+def test_a_callback_sees_every_denoising_step_and_changes_nothing(head, observation):
+    seen = []
+    actions = sample(head, observation, num_inference_steps=4, callback=lambda *step: seen.append(step))
+    assert torch.equal(actions, sample(head, observation, num_inference_steps=4))
+    assert [step for step, _ in seen] == [0, 1, 2, 3] and torch.equal(seen[-1][1], actions)
+    assert len({chunk.numpy().tobytes() for _, chunk in seen}) == 4
+    assert all(chunk.shape == actions.shape and not chunk.requires_grad for _, chunk in seen)
 
 
 @pytest.mark.parametrize("case", DENOISING, indirect=True)

@@ -11,6 +11,7 @@ from torch import nn
 from hf_vla.actions.heads.networks.base import check_options
 from hf_vla.actions.heads.networks.condition import Condition, ConditionEncoder, check_mask
 from hf_vla.actions.heads.networks.registry import build_denoiser
+from hf_vla.actions.heads.networks.samples import draw
 
 REDUCTIONS = ("masked", "published")
 
@@ -49,13 +50,8 @@ class ActionHead(nn.Module, ABC):
         super().__init__()
         if reduction not in REDUCTIONS:
             raise ValueError(f"Expected a reduction in {REDUCTIONS}, came {reduction!r}.")
-        self.feature_dim, self.action_dim, self.chunk_size, self.state_dim = (
-            feature_dim,
-            action_dim,
-            chunk_size,
-            state_dim,
-        )
-        self.reduction = reduction
+        self.feature_dim, self.action_dim = feature_dim, action_dim
+        self.chunk_size, self.state_dim, self.reduction = chunk_size, state_dim, reduction
         check_options("The condition", ConditionEncoder, condition or {})
         self.condition_encoder = ConditionEncoder(feature_dim, state_dim, **(condition or {}))
 
@@ -101,6 +97,7 @@ class ActionHead(nn.Module, ABC):
         noise: torch.Tensor | None = None,
         num_inference_steps: int | None = None,
         action_mask: torch.Tensor | None = None,
+        callback: Callable[[int, torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
         """Predict a chunk for each sample.
 
@@ -113,6 +110,8 @@ class ActionHead(nn.Module, ABC):
                 take only None.
             action_mask (`torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`, bool, *optional*): as in
                 training, where robots have fewer dimensions than the head: which are theirs.
+            callback (`Callable`, *optional*): called behind every denoising step, with its number from 0 and what is
+                denoised so far, `(batch_size, chunk_size, action_dim)`, at last what is returned; not to be changed.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, chunk_size, action_dim)`, float32, normalised; 0 in dimensions that a
@@ -218,61 +217,14 @@ def _own(real: torch.Tensor) -> torch.Tensor:
     return real.any(1, keepdim=True) if real.shape[-1] > 1 else torch.ones_like(real[:, :1])
 
 
-def check_finite(actions: torch.Tensor) -> torch.Tensor:
-    """Return predicted actions as they are, or raise.
-
-    Raises:
-        ValueError: some are NaN or infinite; the text names their samples.
-    """
-    finite = torch.isfinite(actions).flatten(1).all(1)
-    if not finite.all():
-        raise ValueError(
-            f"The predicted actions of samples {(~finite).nonzero()[:, 0].tolist()} are NaN or infinite: are their "
-            "images and states finite, and do the weights fit their precision?"
-        )
-    return actions
-
-
-def draw(
-    function: Callable[..., torch.Tensor],
-    *arguments: Any,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    **options: Any,
-) -> torch.Tensor:
-    """Random numbers, drawn where the generator lives.
-
-    Args:
-        function, arguments, options: such as `torch.randn`, a shape and a dtype; `device` is where the numbers go to.
-        generator (`torch.Generator`, *optional*): on any device; None: the global one of `device`. A list has one for
-            each sample: what a sample draws does not depend on the others.
-
-    Returns:
-        `torch.Tensor` on `device`.
-
-    Raises:
-        ValueError: there is another number of generators than of samples.
-    """
-    device = options.pop("device")
-    if isinstance(generator, Sequence):
-        *others, shape = arguments
-        if len(generator) != shape[0]:
-            raise ValueError(f"Expected a generator for each of {shape[0]} samples, came {len(generator)}.")
-        own = (1, *shape[1:])
-        return torch.cat([draw(function, *others, own, generator=g, device=device, **options) for g in generator])
-    place = device if generator is None else generator.device
-    return function(*arguments, generator=generator, device=place, **options).to(device)
-
-
-def check_one_pass(noise: torch.Tensor | None, num_inference_steps: int | None) -> None:
+def check_one_pass(**given: Any) -> None:
     """Raise where a head without denoising is asked for it.
 
     Raises:
-        ValueError: noise or steps are given.
+        ValueError: noise, steps or what is to be called behind them are given.
     """
-    if noise is not None or num_inference_steps is not None:
-        raise ValueError(
-            "This head predicts in one pass: it takes neither noise nor num_inference_steps; leave both out."
-        )
+    if any(value is not None for value in given.values()):
+        raise ValueError(f"This head predicts in one pass: it takes none of {', '.join(given)}; leave them out.")
 
 
 class DenoisingHead(ActionHead):

@@ -3,8 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from hf_vla.actions.heads.base import ActionHead, check_finite, check_one_pass, draw
+from hf_vla.actions.heads.base import ActionHead, check_one_pass
 from hf_vla.actions.heads.networks.mlp import mlp
+from hf_vla.actions.heads.networks.samples import check_finite, draw
 
 DECODINGS = ("argmax", "expectation", "sample")
 
@@ -65,9 +66,10 @@ class ClassificationHead(ActionHead):
         noise=None,
         num_inference_steps=None,
         action_mask=None,
+        callback=None,
     ):
         """Decode `(batch_size, chunk_size, action_dim)`; noise and steps are refused, `"sample"` draws."""
-        check_one_pass(noise, num_inference_steps)
+        check_one_pass(noise=noise, num_inference_steps=num_inference_steps, callback=callback)
         logits = check_finite(self._logits(features, feature_mask, state))
         bins = torch.arange(self.num_bins, device=logits.device, dtype=torch.float32)
         centres = (2 * bins + 1) / self.num_bins - 1

@@ -3,12 +3,14 @@
 import inspect
 import json
 import logging
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 
-from hf_vla.actions.heads.base import DenoisingHead, check_finite, draw
+from hf_vla.actions.heads.base import DenoisingHead
+from hf_vla.actions.heads.networks.samples import check_finite, draw
 
 logger = logging.getLogger(__name__)
 
@@ -143,15 +145,18 @@ class DiffusionHead(DenoisingHead):
         noise: torch.Tensor | None = None,
         num_inference_steps: int | None = None,
         action_mask: torch.Tensor | None = None,
+        callback: Callable[[int, torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
         """Take the noise away step by step; see [`ActionHead`]."""
         scheduler = self.build_scheduler(num_inference_steps)
         contexts = self.prepare(features, feature_mask, state, scheduler.timesteps.to(features.device))
         sample = self.initial_noise(features, generator, noise, action_mask) * scheduler.init_noise_sigma
-        for time, context in zip(scheduler.timesteps, contexts, strict=True):
+        for index, (time, context) in enumerate(zip(scheduler.timesteps, contexts, strict=True)):
             prediction = self.guided(scheduler.scale_model_input(sample, time), context)
             sample = step(scheduler, self.keep_own(prediction, action_mask), time, sample, generator)
             sample = self.keep_own(sample, action_mask)  # some schedulers add noise in between
+            if callback is not None:
+                callback(index, sample)
         return check_finite(sample)
 
 

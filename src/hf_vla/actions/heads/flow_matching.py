@@ -1,10 +1,12 @@
 """Flow matching: a velocity field carries noise to actions along straight lines. Time 0 = noise, 1 = data."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from hf_vla.actions.heads.base import DenoisingHead, check_finite, draw
+from hf_vla.actions.heads.base import DenoisingHead
+from hf_vla.actions.heads.networks.samples import check_finite, draw
 
 SOLVERS = ("euler", "heun")
 TIME_SAMPLINGS = ("beta", "uniform")
@@ -99,6 +101,7 @@ class FlowMatchingHead(DenoisingHead):
         noise: torch.Tensor | None = None,
         num_inference_steps: int | None = None,
         action_mask: torch.Tensor | None = None,
+        callback: Callable[[int, torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
         """Integrate the velocity from noise to actions; see [`ActionHead`]."""
         steps = self.num_steps(num_inference_steps)
@@ -111,4 +114,6 @@ class FlowMatchingHead(DenoisingHead):
                 end = self.guided(sample + velocity / steps, contexts[step + 1])
                 velocity = (velocity + self.keep_own(end, action_mask)) / 2
             sample = sample + velocity / steps
+            if callback is not None:
+                callback(step, sample)
         return check_finite(sample)

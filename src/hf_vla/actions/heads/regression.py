@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from hf_vla.actions.heads.base import ActionHead, check_finite, check_one_pass
+from hf_vla.actions.heads.base import ActionHead, check_one_pass
 from hf_vla.actions.heads.networks.condition import ConditionEncoder
 from hf_vla.actions.heads.networks.mlp import MLPResNet, mlp
+from hf_vla.actions.heads.networks.samples import check_finite
 
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
 NETWORKS = ("mlp", "parallel")
@@ -93,9 +94,10 @@ class RegressionHead(ActionHead):
         noise=None,
         num_inference_steps=None,
         action_mask=None,
+        callback=None,
     ):
         """Predict `(batch_size, chunk_size, action_dim)`; the generator is not used, noise and steps are refused."""
-        check_one_pass(noise, num_inference_steps)
+        check_one_pass(noise=noise, num_inference_steps=num_inference_steps, callback=callback)
         return self.keep_own(check_finite(self._predict(features, feature_mask, state)), action_mask)
 
     def _predict(self, features, feature_mask, state):

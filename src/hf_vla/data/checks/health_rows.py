@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from hf_vla.actions.statistics import ActionStatistics, is_constant
+from hf_vla.actions.statistics import ActionStatistics
+from hf_vla.actions.values import is_constant
 from hf_vla.data import schema
 from hf_vla.data.checks.findings import Findings
 from hf_vla.data.reading.rows import Rows

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from hf_vla.actions.heads.base import draw
+from hf_vla.actions.heads.networks.samples import draw
 
 
 def cosine_schedule(num_tokens: int, num_steps: int) -> list[int]:
