@@ -293,7 +293,8 @@ def test_a_name_on_the_hub_is_not_taken_for_a_folder(tmp_path, monkeypatch):
     (tmp_path / "outputs" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     names = []
-    monkeypatch.setattr("hf_vla.policy.AutoProcessor.from_pretrained", lambda name: names.append(name) or 1 / 0)
+    load = "hf_vla.models.loading.AutoProcessor.from_pretrained"
+    monkeypatch.setattr(load, lambda name: names.append(name) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Policy.from_pretrained("lerobot/pi0_base")
     with pytest.raises(FileNotFoundError, match="outputs/modell: no such folder. Did you mean 'outputs/model'"):

@@ -4,12 +4,11 @@ from collections import deque
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoProcessor
 
 from hf_vla.actions.chunking import RecedingHorizon, TemporalEnsembler
 from hf_vla.actions.spec import whole_number
-from hf_vla.models.base import check_folder
 from hf_vla.models.images import to_rgb
+from hf_vla.models.loading import load_checkpoint
 from hf_vla.models.requests import Request, answer
 
 IMAGES = "observation.images."
@@ -105,12 +104,14 @@ class Policy:
         self.reset()
 
     @classmethod
-    def from_pretrained(cls, path, unnorm_key=None, device=None, **options):
+    def from_pretrained(cls, path, unnorm_key=None, device=None, revision=None, token=None, **options):
         """Load a checkpoint as a policy.
 
         Args:
             path (`str`): folder or Hub name.
             device (`str` or `torch.device`, *optional*): default the accelerator where there is one, else the CPU.
+            revision (`str`, *optional*): branch, tag or commit on the Hub.
+            token (`str`, *optional*): for what is private on the Hub; by default HF_TOKEN, or that of `hf auth login`.
             unnorm_key, options: see the class.
 
         Returns:
@@ -118,11 +119,9 @@ class Policy:
 
         Raises:
             ValueError: see the class.
-            OSError: there is no checkpoint.
+            OSError: there is no checkpoint, or the Hub refuses it; the text says why.
         """
-        check_folder(path, str(path))
-        processor = AutoProcessor.from_pretrained(path)
-        model = AutoModel.from_pretrained(path)
+        model, processor = load_checkpoint(path, revision=revision, token=token)
         try:
             model.to(device or torch.accelerator.current_accelerator() or "cpu")
         except (RuntimeError, AssertionError) as error:  # torch's own words, of both kinds
@@ -167,6 +166,14 @@ class Policy:
                 acts without words. Such a call counts for nothing.
         """
         return predict_chunks([self], [observation], [reasoning])[0]
+
+    def check(self, observation, reasoning=None):
+        """Raise where `predict_chunk` would for want of something in the observation; keeps nothing.
+
+        Args:
+            observation (`dict`), reasoning (`str`, *optional*): see `predict_chunk`.
+        """
+        self._inputs(observation, reasoning)
 
     def execute(self, chunk):
         """Say which actions a prediction leads to, for whoever predicts for several policies at once.
@@ -232,7 +239,8 @@ class Policy:
             self._remember(seen)
         return self._horizon.pop()
 
-    def _request(self, observation, reasoning):
+    def request(self, observation, reasoning=None):
+        """What the model is to be asked for; raises all that is an observation's fault. See `check`, keeps nothing."""
         seen, options = self._inputs(observation, reasoning), dict(self._options)
         recalls = self._recalls(observation, reasoning)
         if recalls:
@@ -385,7 +393,7 @@ def predict_chunks(policies, observations, reasonings=None, batch_size=None):
     """
     reasonings = [None] * len(policies) if reasonings is None else reasonings
     turns = list(zip(policies, observations, reasonings, strict=True))
-    answers = answer([policy._request(seen, words) for policy, seen, words in turns], batch_size)
+    answers = answer([policy.request(seen, words) for policy, seen, words in turns], batch_size)
     for (policy, seen, words), (_, output) in zip(turns, answers, strict=True):
         policy._settle(seen, words, output)
     return [chunk for chunk, _ in answers]

@@ -116,6 +116,29 @@ def test_a_refused_observation_counts_for_nobody(sawyer):
     assert np.array_equal(again, fresh)
 
 
+def test_a_call_that_fails_uses_up_no_random_numbers(sawyer, monkeypatch):
+    model, processor = sawyer("tinyvla")
+    policies, seen = [Policy(model, processor, seed=seed) for seed in range(2)], observations(0)[:2]
+    with monkeypatch.context() as broken:
+        broken.setattr(processor, "decode_actions", lambda output, unnorm_key: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            predict_chunks(policies, seen, batch_size=2)
+    fresh = predict_chunks([Policy(model, processor, seed=seed) for seed in range(2)], seen, batch_size=2)
+    assert np.array_equal(predict_chunks(policies, seen, batch_size=2), fresh)
+
+
+def test_to_check_an_observation_keeps_nothing(sawyer):
+    model, processor = sawyer("tinyvla", n_obs_steps=2)
+    policy, (first, second) = Policy(model, processor, seed=0), observations(0)[:2]
+    with pytest.raises(ValueError, match="Expected 4 finite numbers"):
+        policy.check({**first, "observation.state": np.zeros(3, np.float32)})
+    with pytest.raises(ValueError, match="does not reason"):
+        policy.check(first, "slowly")
+    policy.check(first)
+    wanted = Policy(model, processor, seed=0).predict_chunk(second)
+    assert np.array_equal(policy.predict_chunk(second), wanted)
+
+
 def test_given_words_are_each_ones_own(sawyer):
     model, processor = sawyer("divla")
     policies, seen = [Policy(model, processor, seed=0) for _ in range(3)], [observations(0)[0]] * 3

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_vla.models.names import refuse_unknown
@@ -37,9 +37,11 @@ class VLAPreTrainedModel(PreTrainedModel):
         Hub likewise.
 
         Raises:
-            ValueError: the checkpoint lacks weights of the model, or holds them in another shape, or an adapter's base
-                model is nowhere.
+            ValueError: the checkpoint lacks weights of the model, or holds them in another shape or as a pickle, or an
+                adapter's base model is nowhere.
         """
+        if not kwargs.setdefault("use_safetensors", True):
+            raise ValueError("Weights are read from safetensors alone: leave use_safetensors out.")
         adapter = str(pretrained_model_name_or_path)
         pretrained_model_name_or_path = base_of_adapter(Path(adapter)) or pretrained_model_name_or_path
         in_repository = not kwargs.get("subfolder") and _has_base(pretrained_model_name_or_path, kwargs)
@@ -48,6 +50,11 @@ class VLAPreTrainedModel(PreTrainedModel):
         if in_repository or str(pretrained_model_name_or_path) != adapter:
             given = kwargs.get("adapter_kwargs") or {}
             kwargs["adapter_kwargs"] = {"subfolder": "", "_adapter_model_path": adapter, **given}
+        _refuse_pickles(pretrained_model_name_or_path, "model", "pytorch_model", kwargs)
+        given = kwargs.get("adapter_kwargs") or {}
+        adapter, options = given.get("_adapter_model_path", adapter), kwargs | {"subfolder": ""} | given
+        if find_adapter_config_file(adapter, **_hub_options(options)) is not None:
+            _refuse_pickles(adapter, "adapter_model", "adapter_model", options)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
@@ -123,13 +130,11 @@ def base_of_adapter(folder: Path) -> str | None:
     adapter = folder / "adapter_config.json"
     if not adapter.is_file() or any(folder.glob("model*.safetensors*")):
         return None
-    recorded = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
     # A base that was saved with its adapters moves with them, and another run's may lie where it was.
     beside = [folder / BASE] + [folder.parent / BASE] * ("checkpoint" in folder.name)
-    for base in [*beside, Path(recorded)]:
-        if (base / "config.json").is_file():
-            return str(base)
-    if not Path(recorded).is_absolute():
+    here = next((base for base in beside if (base / "config.json").is_file()), None)
+    recorded = str(here) if here else recorded_base(adapter)
+    if not Path(recorded).is_absolute() or (Path(recorded) / "config.json").is_file():
         return recorded
     raise ValueError(
         f"{str(folder)!r} is an adapter of {recorded!r}, which is not there: put it back, lay it in {beside[0]}, or "
@@ -137,15 +142,72 @@ def base_of_adapter(folder: Path) -> str | None:
     )
 
 
+def recorded_base(adapter: Path) -> str:
+    """Read from an `adapter_config.json` which model it was of.
+
+    Raises:
+        ValueError: it does not say so.
+    """
+    try:
+        recorded = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{adapter}: expected JSON with base_model_name_or_path ({error!r}); mend it.") from error
+    if not isinstance(recorded, str) or not recorded:
+        raise ValueError(
+            f"{adapter}: expected a folder or a name on the Hub as base_model_name_or_path, came {recorded!r}: write "
+            "which model was adapted."
+        )
+    return recorded
+
+
+def options_of_revision(name: str, **options) -> dict[str, Any]:
+    """Say how AutoModel is to be asked for a revision: of adapters to another repository's model, it is theirs alone.
+
+    Args:
+        name (`str`): folder or Hub name.
+        options: of AutoModel, `revision` among them.
+
+    Returns:
+        `dict`: options of AutoModel.
+    """
+    found = None if options.get("revision") is None else find_adapter_config_file(name, **_hub_options(options))
+    if found is None or recorded_base(Path(found)) == name:
+        return options
+    return options | {"revision": None, "adapter_kwargs": {"revision": options["revision"]}}
+
+
+def _refuse_pickles(name: str | Path | None, kind: str, pickled: str, options: dict[str, Any]) -> None:
+    """Raise where transformers would unpickle weights, or have somebody convert them."""
+    if name is None or options.get("state_dict") is not None or options.get("gguf_file") is not None:
+        return
+    start = f"{options['subfolder']}/" if options.get("subfolder") else ""
+    names = ("revision", "token", "local_files_only", "cache_dir")
+    hub = {each: options[each] for each in names if options.get(each) is not None}
+
+    def there(file):
+        return any(has_file(name, f"{start}{file}{end}", **hub) for end in ("", ".index.json"))
+
+    if not there(f"{kind}.safetensors") and there(f"{pickled}.bin"):
+        raise ValueError(
+            f"Expected {kind}.safetensors in {str(name)!r}, came {pickled}.bin alone: a pickle, which could run any "
+            "code and is never read here. Where you trust it, load it with torch.load(file, weights_only=True) and "
+            "write it with safetensors.torch.save_file."
+        )
+
+
 def _has_base(name: str | Path | None, options: dict[str, Any]) -> bool:
     """Whether this is a repository on the Hub that holds an adapter, and its base model in a folder."""
     if name is None or Path(name).exists():
         return False
-    names = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
-    hub = {each: options[each] for each in names if each in options}
+    hub = _hub_options(options)
     if find_adapter_config_file(name, **hub) is None:
         return False
     return cached_file(name, f"{BASE}/config.json", **hub, _raise_exceptions_for_missing_entries=False) is not None
+
+
+def _hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    names = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
+    return {each: options[each] for each in names if each in options}
 
 
 def _set_dtype_of_parts(config: PreTrainedConfig, dtype: torch.dtype) -> None:

@@ -19,12 +19,26 @@ from hf_vla.models.batches import (
     targets,
 )
 from hf_vla.models.images import pil_backend, to_rgb
+from hf_vla.models.kept_code import KeepsCode
 from hf_vla.models.outputs import VLAOutput
 
 DEFAULT_CAMERAS = "default"
 
 
-class ContinuousActionProcessor(ProcessorMixin):
+class VLAProcessor(KeepsCode, ProcessorMixin):
+    """`ProcessorMixin` that knows the code which came with its checkpoint, if any did."""
+
+    @classmethod
+    def from_args_and_dict(cls, args, processor_dict, **kwargs):
+        """Build the processor from processor_config.json."""
+        made = super().from_args_and_dict(args, processor_dict, **kwargs)
+        if "auto_map" in processor_dict:
+            processor = made[0] if kwargs.get("return_unused_kwargs") else made
+            processor.auto_map = processor_dict["auto_map"]
+        return made
+
+
+class ContinuousActionProcessor(VLAProcessor):
     """Everything outside a network that emits normalised actions; a family says how pictures and words enter it.
 
     Args:

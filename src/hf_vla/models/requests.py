@@ -55,8 +55,20 @@ def answer(requests: list[Request], batch_size: int | None = None) -> list[tuple
         [`~hf_vla.models.outputs.VLAOutput`] of its own `reasoning_ids`.
 
     Raises:
-        ValueError: see the model's `predict_action` and the processor's `decode_actions`.
+        ValueError: see the model's `predict_action` and the processor's `decode_actions`. No random numbers are used
+            up then.
     """
+    generators = [request.options["generator"] for request in requests if "generator" in request.options]
+    places = [generator.get_state() for generator in generators]
+    try:
+        return _answer(requests, batch_size)
+    except Exception:
+        for generator, place in zip(generators, places, strict=True):
+            generator.set_state(place)
+        raise
+
+
+def _answer(requests, batch_size):
     groups: dict[tuple, list[int]] = {}
     for place, request in enumerate(requests):
         groups.setdefault(request.way(), []).append(place)

@@ -343,3 +343,17 @@ def test_checkpointing_changes_no_gradient_of_an_embodiment(make_model, batch):
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     assert any(gradient.any() for gradient in gradients[0])
+
+
+@pytest.mark.parametrize("head", ["diffusion", "flow_matching"])
+def test_a_callback_sees_actions_not_latents(make_model, prompt, head):
+    model = make_model(head_config=HEADS[head], latent_dim=LATENT_DIM)
+    with torch.no_grad():
+        model.embodiments["default"].decoder.origin.add_(0.5)  # no longer the identity
+    seen = []
+    options = {"num_inference_steps": 3, "max_reasoning_tokens": 2}
+    output = model.predict_action(
+        **prompt, **options, generator=torch.Generator().manual_seed(0), callback=lambda *step: seen.append(step)
+    )
+    assert [step for step, _ in seen] == [0, 1, 2] and torch.equal(seen[-1][1], output.actions)
+    assert seen[0][1].shape == output.actions.shape

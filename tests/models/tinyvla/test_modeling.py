@@ -89,6 +89,9 @@ def test_noise_generator_and_steps_reach_the_head(make_model, prompt):
     assert torch.equal(first, again) and not torch.equal(first, other)
     noise = torch.randn(2, 4, 3, generator=seeded())
     assert torch.equal(model.predict_action(**prompt, noise=noise).actions, first)
+    seen = []
+    model.predict_action(**prompt, noise=noise, callback=lambda *step: seen.append(step))
+    assert torch.equal(seen[-1][1], first)
     assert not torch.equal(model.predict_action(**prompt, noise=noise, num_inference_steps=5).actions, first)
 
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from hf_vla.models.backbone_configs import check_model_type, implementations
+from hf_vla.models.kept_code import KeepsCode
 from hf_vla.models.names import refuse_near_misses, refuse_unknown
 
 # Qwen2-VL's language models: hidden size, layers, attention heads, key-value heads, intermediate size, vocabulary
@@ -73,7 +74,7 @@ _TINY = {
 
 
 @strict
-class DiVLAConfig(PreTrainedConfig):
+class DiVLAConfig(KeepsCode, PreTrainedConfig):
     r"""Configuration of [`DiVLAForActionPrediction`]; the defaults are the published DiVLA-2B's.
 
     Args:

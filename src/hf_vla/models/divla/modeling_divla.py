@@ -6,15 +6,17 @@ hidden states of prompt and reasoning -> FiLM -> action head (+ state) -> chunk 
 Source: Diffusion-VLA, https://huggingface.co/papers/2412.03293
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
-from hf_vla.actions.heads.base import check_finite
 from hf_vla.actions.heads.networks.condition import check_mask
 from hf_vla.actions.heads.networks.film import ReasoningFiLM
 from hf_vla.actions.heads.networks.latent import Embodiment
+from hf_vla.actions.heads.networks.samples import check_finite
 from hf_vla.actions.heads.registry import build_action_head
 from hf_vla.models.backbones import (
     BackbonePreTrainedModel,
@@ -414,6 +416,7 @@ class DiVLAForActionPrediction(BackbonePreTrainedModel):
         generator: torch.Generator | list[torch.Generator] | None = None,
         noise: torch.FloatTensor | None = None,
         num_inference_steps: int | None = None,
+        callback: Callable[[int, torch.Tensor], None] | None = None,
         **others,
     ) -> VLAOutput:
         """Reason (greedily, as published) unless a reasoning is given, and predict a chunk of actions under it.
@@ -430,7 +433,8 @@ class DiVLAForActionPrediction(BackbonePreTrainedModel):
                 output's, to act under it once more.
             max_reasoning_tokens (`int`, *optional*): of the model's own reasoning, with the end token; the config's by
                 default. 0: act without reasoning.
-            generator, noise, num_inference_steps: see `ActionHead.sample`; noise is of latents where there are any.
+            generator, noise, num_inference_steps, callback: see `ActionHead.sample`; noise is of latents where there
+                are any, and the callback gets the actions that they decode to.
 
         Returns:
             [`VLAOutput`] with `actions` `(batch_size, chunk_size, action_dim)`, normalised, float32, and
@@ -473,9 +477,12 @@ class DiVLAForActionPrediction(BackbonePreTrainedModel):
         features, mask = self.condition(encoding)
         if robot is not None:
             check_whole(action_mask)
-            state, action_mask = robot.encode_state(state), None
+            state, action_mask, report = robot.encode_state(state), None, callback
+            if report is not None:
+                callback = lambda step, latents: report(step, robot.decoder(latents))  # noqa: E731
         options = {"noise": noise, "num_inference_steps": num_inference_steps, "action_mask": action_mask}
-        actions = self.action_head.sample(features, mask, state, generator=generator, **options)
+        options |= {"generator": generator, "callback": callback}
+        actions = self.action_head.sample(features, mask, state, **options)
         if robot is not None:
             robot.decoder.check_learnt()
             actions = check_finite(robot.decoder(actions))

@@ -5,6 +5,7 @@ import dataclasses
 from huggingface_hub.dataclasses import strict
 from transformers.models.pi0.configuration_pi0 import PI0Config
 
+from hf_vla.models.kept_code import KeepsCode
 from hf_vla.models.names import refuse_near_misses
 
 # Small enough to train on two CPU cores in minutes; every part of the architecture is there.
@@ -48,7 +49,7 @@ _TINY = {
 
 
 @strict
-class PI0VLAConfig(PI0Config):
+class PI0VLAConfig(KeepsCode, PI0Config):
     """Configuration of [`PI0VLAForActionPrediction`]; fields and defaults are those of `PI0Config`.
 
     The model type is another one, so that transformers' own classes still serve checkpoints of type "pi0".

@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.pi0.modeling_pi0 import PI0ForConditionalGeneration
 
-from hf_vla.actions.heads.base import check_finite, draw
+from hf_vla.actions.heads.networks.samples import check_finite, draw
 from hf_vla.models.base import VLAPreTrainedModel
 from hf_vla.models.outputs import VLAOutput
 from hf_vla.models.pi0_vla.configuration_pi0_vla import PI0VLAConfig

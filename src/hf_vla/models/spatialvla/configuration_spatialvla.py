@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+from hf_vla.models.kept_code import KeepsCode
 from hf_vla.models.names import refuse_near_misses
 
 DECODINGS = ("autoregressive", "discrete_diffusion")
@@ -66,7 +67,7 @@ _TINY = {
 
 
 @strict
-class SpatialVLAConfig(PreTrainedConfig):
+class SpatialVLAConfig(KeepsCode, PreTrainedConfig):
     r"""Configuration of [`SpatialVLAForConditionalGeneration`]; the defaults are the published 4B model's.
 
     Args:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from hf_vla.actions.codec import ActionCodec
@@ -25,8 +25,7 @@ from hf_vla.models.batches import (
 )
 from hf_vla.models.byte_tokenizer import byte_tokenizer
 from hf_vla.models.images import pil_backend
-from hf_vla.models.outputs import VLAOutput
-from hf_vla.models.processing import camera_steps, dataset_cameras
+from hf_vla.models.processing import VLAProcessor, camera_steps, dataset_cameras
 from hf_vla.models.spatialvla.configuration_spatialvla import SpatialVLAConfig
 
 IMAGE_TOKEN = "<image>"
@@ -34,7 +33,7 @@ IMAGE_TOKEN = "<image>"
 PUBLISHED_SPEC = ActionSpec(("x", "y", "z", "roll", "pitch", "yaw", "gripper"), "delta_ee", rotation="euler_xyz")
 
 
-class SpatialVLAProcessor(ProcessorMixin):
+class SpatialVLAProcessor(VLAProcessor):
     """Everything outside the network: pixels, prompt, camera matrix, action tokenizer, un-normalisation.
 
     Args:
@@ -102,7 +101,8 @@ class SpatialVLAProcessor(ProcessorMixin):
     def from_args_and_dict(cls, args, processor_dict, **kwargs):
         """Build the processor from processor_config.json, in our layout or the published one."""
         if "bin_policy" in processor_dict:
-            processor_dict = _from_published(processor_dict)
+            code = {"auto_map": processor_dict["auto_map"]} if "auto_map" in processor_dict else {}
+            processor_dict = _from_published(processor_dict) | code
         return super().from_args_and_dict(args, processor_dict, **kwargs)
 
     def __call__(
@@ -218,7 +218,7 @@ class SpatialVLAProcessor(ProcessorMixin):
         return self.action_codec.tokenizer.decode_terminate(self._action_ids(output), self.action_codec.chunk_size)
 
     def _action_ids(self, output) -> np.ndarray:
-        if not isinstance(output, VLAOutput):
+        if not hasattr(output, "action_ids"):  # a model's own code may have come with a VLAOutput of its own
             return self._generated_ids(output)
         if output.action_ids is None:
             raise ValueError("Expected an output of predict_action, got a VLAOutput without `action_ids`.")

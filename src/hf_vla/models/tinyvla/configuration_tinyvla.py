@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from hf_vla.models.backbone_configs import check_model_type, implementations
+from hf_vla.models.kept_code import KeepsCode
 from hf_vla.models.names import refuse_near_misses
 
 _CLIP_L = {
@@ -76,7 +77,7 @@ _TINY = {
 
 
 @strict
-class TinyVLAConfig(PreTrainedConfig):
+class TinyVLAConfig(KeepsCode, PreTrainedConfig):
     r"""Configuration of [`TinyVLAForActionPrediction`]; the defaults are the published TinyVLA-B's.
 
     Args:

@@ -5,6 +5,8 @@ images + prompt -> backbone, once -> hidden states behind the final norm -> acti
 Source: TinyVLA, https://huggingface.co/papers/2409.12514
 """
 
+from collections.abc import Callable
+
 import torch
 from transformers import AutoModel, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -166,6 +168,7 @@ class TinyVLAForActionPrediction(BackbonePreTrainedModel):
         noise: torch.FloatTensor | None = None,
         num_inference_steps: int | None = None,
         action_mask: torch.BoolTensor | None = None,
+        callback: Callable[[int, torch.Tensor], None] | None = None,
         **others,
     ) -> VLAOutput:
         """Predict a chunk of actions; the backbone runs once, however many steps the head takes.
@@ -173,7 +176,7 @@ class TinyVLAForActionPrediction(BackbonePreTrainedModel):
         Args:
             input_ids, attention_mask, pixel_values, others: see `encode`.
             state: see `forward`.
-            generator, noise, num_inference_steps, action_mask: see `ActionHead.sample`.
+            generator, noise, num_inference_steps, action_mask, callback: see `ActionHead.sample`.
 
         Returns:
             [`VLAOutput`] with `actions` `(batch_size, chunk_size, action_dim)`, normalised, float32.
@@ -184,7 +187,8 @@ class TinyVLAForActionPrediction(BackbonePreTrainedModel):
         others = self.check_inputs("predict_action", others, self._backbone_inputs)
         features, mask = self.encode(input_ids, attention_mask, pixel_values, **others)
         options = {"noise": noise, "num_inference_steps": num_inference_steps, "action_mask": action_mask}
-        actions = self.action_head.sample(features, mask, _flat(state), generator=generator, **options)
+        options |= {"generator": generator, "callback": callback}
+        actions = self.action_head.sample(features, mask, _flat(state), **options)
         return VLAOutput(actions=actions)
 
 
