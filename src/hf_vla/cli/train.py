@@ -9,11 +9,12 @@ def train(context: typer.Context):
 
     from accelerate import PartialState
 
+    from hf_vla.hub.card import write_card
     from hf_vla.training import run
     from hf_vla.training.recipe import parse_recipe
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    run.train(parse_recipe(context.args))
+    run.train(parse_recipe(context.args), write_card=write_card)
     # A process that leaves while its group still talks may abort, and take the others with it in mid-save.
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()

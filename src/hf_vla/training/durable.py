@@ -5,31 +5,24 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
-from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
-from transformers.utils.hub import PushInProgress, hf_api
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_vla.training.callbacks import EvaluationLeft, StopOnTermination
 from hf_vla.training.checkpoints import checkpoint_to_resume, last_good, layout, rotate
-from hf_vla.training.resolved import RECIPE, check_same_recipe, resolved, write_recipe
-from hf_vla.training.saving import MANIFEST, UNFINISHED, clear, install, publish, staging_folder
+from hf_vla.training.pushing import PushingTrainer
+from hf_vla.training.resolved import check_same_recipe, resolved, write_recipe
+from hf_vla.training.rows import RowsOfBatch, describe_rows
+from hf_vla.training.saving import UNFINISHED, clear, install, publish, staging_folder
+from hf_vla.training.summary import write_summary
 
 logger = logging.getLogger(__name__)
-
-# What a checkpoint has beside the model, by which a training goes on.
-NOT_OF_A_MODEL = (
-    *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "unlogged_*", "training_weights*", TRAINER_STATE_NAME),
-    *(RECIPE, MANIFEST, "README.md", "latest", "zero_to_fp32.py", "global_step*/*", "pytorch_model_fsdp*"),
-)
 
 
 class TrainingStopped(ValueError):
@@ -42,30 +35,7 @@ def one_line(error: BaseException) -> str:
     return lines[-1] if "Original Traceback" in str(error) else f"{type(error).__name__}: {lines[0]}"
 
 
-class RowsOfBatch:
-    """A collator whose batches also say, as `rows`, which rows of which dataset they are made of, where items tell."""
-
-    def __init__(self, collator):
-        self.collator = collator
-
-    def __call__(self, items):
-        """Make a batch."""
-        batch = self.collator(items)
-        told = [item for item in items if isinstance(item, Mapping) and "index" in item]
-        batch["rows"] = [(item.get("dataset"), int(item["index"])) for item in told]
-        return batch
-
-
-def describe_rows(rows: list[tuple[str | None, int]]) -> str:
-    """Say which rows of which datasets these are."""
-    named = {}
-    for dataset, row in rows:
-        named.setdefault(dataset, []).append(row)
-    parts = (f"rows {members}" + (f" of {dataset}" if dataset else "") for dataset, members in named.items())
-    return " and ".join(parts) or "unknown rows"
-
-
-class DurableTrainer(Trainer):
+class DurableTrainer(PushingTrainer):
     """[`~transformers.Trainer`] that may be killed at any moment.
 
     A checkpoint is written beside its place and moved there when every process has written its part; its manifest
@@ -76,15 +46,16 @@ class DurableTrainer(Trainer):
     Args:
         recipe (`Recipe`, *optional*): of the run. It is saved with every checkpoint, the training arguments at least,
             and compared where one is gone on from.
+        summary (`dict`, *optional*): what is saved as `training.json`, see [`~hf_vla.training.summary`].
+        write_card (`Callable`, *optional*): see [`~hf_vla.training.pushing.PushingTrainer`].
         args, kwargs: see [`~transformers.Trainer`].
     """
 
-    def __init__(self, *args, recipe=None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._recipe = resolved(self.args, recipe)
+    def __init__(self, *args, recipe=None, summary=None, write_card=None, **kwargs):
+        super().__init__(*args, write_card=write_card, **kwargs)
+        self._recipe, self._summary = resolved(self.args, recipe), summary
         self._staging: Path | None = None  # where a save under way writes to
         self._losses_of_step = []
-        self._pushed = []  # folders that uploads under way may still read
         self.parts_of_loss = {}  # of the last batch; set by a subclass whose models return them
 
     def get_train_dataloader(self):
@@ -126,6 +97,15 @@ class DurableTrainer(Trainer):
                 rotate(root, self.args.save_total_limit, kept)
             except OSError as error:
                 logger.warning("Older checkpoints in %s could not be deleted: %s", root, one_line(error))
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Save the model, and `training.json`; neither the Trainer's arguments, a pickle, nor peft's empty card."""
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        for name in (TRAINING_ARGS_NAME, "README.md"):
+            (folder / name).unlink(missing_ok=True)
+        if self._summary is not None:
+            write_summary(self._summary, self.state, folder)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Save the model: until all of it is written, the folder keeps what it had."""
@@ -176,45 +156,6 @@ class DurableTrainer(Trainer):
             f"{what} could not be saved in {root}, where {free / 1e9:.1f} GB are free ({one_line(error)}). "
             f"{last_good(root)}"
         )
-
-    # Pushing
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        """Push what is in the checkpoint; the Trainer would copy it into `output_dir` first, file by file."""
-        args = self.args
-        if self._staging is not None or not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
-            return
-        self._pushed = self._being_pushed()
-        if self._pushed and not args.hub_always_push:
-            return
-        self.callback_handler.on_push_begin(args, self.state, self.control)
-        upload = partial(
-            hf_api().upload_folder,
-            repo_id=self.hub_model_id,
-            token=args.hub_token,
-            revision=args.hub_revision,
-            run_as_future=True,
-        )
-        message = f"Training in progress, step {self.state.global_step}"
-        jobs = [upload(folder_path=checkpoint_folder, ignore_patterns=NOT_OF_A_MODEL, commit_message=message)]
-        base = Path(args.output_dir, "base")  # of adapters to a new model, see `build`
-        if self.push_in_progress is None and base.is_dir():
-            jobs.append(upload(folder_path=base, path_in_repo="base", commit_message=f"{message}, base model"))
-        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            last = args.hub_strategy == HubStrategy.CHECKPOINT
-            place = "last-checkpoint" if last else Path(checkpoint_folder).name
-            jobs.append(
-                upload(folder_path=checkpoint_folder, path_in_repo=place, commit_message=f"{message}, checkpoint")
-            )
-        self._pushed.append(checkpoint_folder)
-        self.push_in_progress = PushInProgress([*self._jobs_under_way(), *jobs])
-
-    def _jobs_under_way(self):
-        push = getattr(self, "push_in_progress", None)
-        return [] if push is None else [job for job in push.jobs if not job.done()]
-
-    def _being_pushed(self):
-        return self._pushed if self._jobs_under_way() else []
 
     # Resuming
 

@@ -1,7 +1,7 @@
 """A whole training run, from recipe to checkpoint."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, set_seed
@@ -14,6 +14,7 @@ from hf_vla.training.callbacks import SeedOfProcess, StopOnTermination
 from hf_vla.training.checkpoints import checkpoint_to_resume
 from hf_vla.training.datasets import OpenDataset, join, open_datasets, write_report
 from hf_vla.training.recipe import Recipe
+from hf_vla.training.summary import training_summary
 from hf_vla.training.trainer import VLATrainer
 
 logger = logging.getLogger(__name__)
@@ -21,12 +22,16 @@ logger = logging.getLogger(__name__)
 MAX_OPEN = 32  # windows that a worker reads side by side; fewer decoders than VideoFrames keeps open
 
 
-def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, float]:
+def train(
+    recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), write_card: Callable | None = None
+) -> dict[str, float]:
     """Train as a recipe says; model and processor are saved in `recipe.training.output_dir`.
 
     Args:
         recipe (`Recipe`): see [`~hf_vla.training.recipe.load_recipe`].
         callbacks (`Sequence[TrainerCallback]`): called by the Trainer beside its own.
+        write_card (`Callable`, *optional*): of the model card where the model is pushed, see
+            [`~hf_vla.training.durable.DurableTrainer`].
 
     Returns:
         `dict[str, float]`: the last evaluation's metrics; the training's where no episodes are held out.
@@ -58,6 +63,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         state_dropout=data.state_dropout,
         callbacks=[SeedOfProcess(), StopOnTermination(), *callbacks],
         recipe=recipe,
+        summary=training_summary(recipe, datasets, model),
+        write_card=write_card,
     )
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if eval_set is not None:

@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_vla.training.summary import SUMMARY
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def _move_into(moving, root):
     names = [path.relative_to(moving).as_posix() for path in moving.rglob("*") if path.is_file()]
     stale = _stale_weights(names, root)
     changed = [name for name in names if not _same(moving / name, root / name)]
-    if len(stale) + sum(name != TRAINING_ARGS_NAME for name in changed) > 1:  # a mixture of old and new must not load
+    if len(stale) + sum(name != SUMMARY for name in changed) > 1:  # a mixture of old and new must not load
         stale = [name for name in ENTRANCES if name in names] + stale
         changed = names
     for name in stale:

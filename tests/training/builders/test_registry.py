@@ -9,6 +9,8 @@ from transformers import AutoModel, AutoProcessor
 
 import hf_vla  # noqa: F401
 from hf_vla.data.lerobot import LeRobotEpisodes
+from hf_vla.hub.export import export_remote_code
+from hf_vla.models.remote_code import auto_map
 from hf_vla.models.tinyvla.modeling_tinyvla import TinyVLAForActionPrediction
 from hf_vla.policy import Policy
 from hf_vla.training.builders.registry import build
@@ -233,3 +235,17 @@ def test_a_new_head_on_a_pretrained_backbone(source, tinyvla, make_recipe, tmp_p
 def test_the_vocabulary_of_a_preset_grows_with_the_readout_tokens(make_recipe, tmp_path):
     model, _ = make(make_recipe(tmp_path, "tinyvla_tiny", model__config={"num_readout_tokens": 100}))
     assert model.get_input_embeddings().num_embeddings == 360
+
+
+def test_a_new_processor_stays_with_the_code_of_its_model(make_recipe, tiny_checkpoint, tmp_path):
+    """A checkpoint that loads without this library is trained further: so does what comes out."""
+    source = shutil.copytree(tiny_checkpoint, tmp_path / "source")
+    export_remote_code(source)
+    options = {"model__preset": None, "model__grid": None, "model__path": str(source)}
+    recipe = make_recipe(tmp_path / "run", **options)
+    model, processor = make(recipe)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "saved")
+    for name in ("config.json", "processor_config.json"):
+        assert json.loads((tmp_path / "saved" / name).read_text())["auto_map"] == auto_map("spatialvla")
+    assert all((tmp_path / "saved" / path.name).exists() for path in source.glob("*.py"))

@@ -42,6 +42,8 @@ def build(recipe: Recipe, datasets: list[OpenDataset], checkpoint: str | None = 
     """
     arguments, name = recipe.model, family(recipe.model)
     model, processor = BUILDERS[name](arguments, data_facts(recipe.data, datasets))
+    if code := getattr(model.config, "auto_map", None):  # a new processor stays with the code of its model
+        processor.auto_map = dict(code)
     if arguments.tune == "head":
         freeze_backbone(model, is_new=arguments.path is None)
     if arguments.lora is None:
