@@ -176,6 +176,26 @@ def test_an_interrupted_recording_goes_on(plan, stop, tmp_path):
     assert_same(folder, whole)
 
 
+def test_ctrl_c_while_its_processes_start_is_no_traceback(tmp_path):
+    process = subprocess.Popen(
+        command(PLANS["two_ways"], tmp_path / "dataset"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    threads = Path(f"/proc/{process.pid}/task")
+    # the tracker of multiprocessing's resources, and two that record
+    while sum(len((thread / "children").read_text().split()) for thread in threads.iterdir()) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.3)  # Python has begun, and imports
+    os.killpg(process.pid, signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and "the same command goes on" in said and "Traceback" not in errors
+
+
 def test_goes_on_where_an_episode_was_noted_but_not_saved(tmp_path):
     plan = PLANS["two_ways"]
     record(plan, tmp_path / "whole")

@@ -3,7 +3,6 @@
 A demonstration follows from its task, its seed and the plan alone, wherever and after whatever it is made.
 """
 
-import signal
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,7 @@ import numpy as np
 from hf_vla.evaluation.envs.base import FIRST_RECORDING_SEED, RENDERINGS, Expert, SimulatedTask
 from hf_vla.evaluation.envs.experts.registry import expert
 from hf_vla.evaluation.envs.registry import simulator
-from hf_vla.evaluation.workers import SimulatorOptions, die_with_parent
+from hf_vla.evaluation.workers import SimulatorOptions, die_with_parent, start_shielded
 
 ACTION = "action"
 ATTEMPTS = 3  # a worker that dies or hangs so often over one demonstration will do so again
@@ -200,7 +199,7 @@ class _Worker:
             spawn = get_context("spawn")  # a simulator's graphics survive no fork
             self._connection, others = spawn.Pipe()
             process = spawn.Process(target=_work, args=(others, self._plan), daemon=True)
-            process.start()
+            start_shielded(process)
             self._process = process  # not before: what has not started cannot be killed
             others.close()  # or the end of the process would go unnoticed
         self._connection.send((done.task, done.seed))
@@ -228,7 +227,6 @@ class _Worker:
 
 def _work(connection, plan):
     """Make the demonstrations asked for through a connection: every frame, and then whether it was a success."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one says so
     die_with_parent()
     env = None
     try:

@@ -13,7 +13,8 @@ import traceback
 from collections import deque
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process, resource_tracker
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -200,7 +201,7 @@ class _Process:
         spawn = get_context("spawn")  # a simulator's graphics survive no fork
         self.pipe, others = spawn.Pipe()
         self._process = spawn.Process(target=_work, args=(others, self._options), daemon=True)
-        self._process.start()
+        start_shielded(self._process)
         others.close()  # or the end of the process would go unnoticed
 
     def ask(self, env, command, arguments):
@@ -251,7 +252,6 @@ class _Process:
 
 def _work(pipe, options):
     """Do what comes through a pipe until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one ends us
     die_with_parent()
     envs: dict[int, SimulatedTask] = {}
     while True:
@@ -267,6 +267,16 @@ def _work(pipe, options):
             envs.pop(env, None)  # nobody knows what state it is in
             answer = Lost(f"it raised\n{traceback.format_exc()}", guilty=True)
         pipe.send(answer)
+
+
+def start_shielded(process: BaseProcess) -> None:
+    """Start a process that Ctrl-C does not reach, not even while it imports: the first one of a terminal ends it."""
+    resource_tracker.ensure_running()  # it would lift the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which the process inherits
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def die_with_parent() -> None:
