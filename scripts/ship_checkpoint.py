@@ -14,88 +14,41 @@ import gzip
 import json
 import re
 import shutil
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 from hf_vla import Policy
-from hf_vla.cli.render import describe
-from hf_vla.evaluation.model_card import add_to_model_card
 from hf_vla.evaluation.protocol import weights_sha256
+from hf_vla.hub.card import write_card
 from hf_vla.training.datasets import open_datasets
 from hf_vla.training.recipe import load_recipe
+from hf_vla.training.summary import SUMMARY
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "spaces" / "action_demo" / "checkpoints"
 LARGEST_CHANGE = 0.01  # of the range of the recorded actions, on average, by rounding the weights
 FRAMES = 32  # on which that is measured
-SOURCES = ("path", "backbone", "vision_model", "depth_model")  # of a recipe, what training began with
-DATA = ("chunk_size", "chunk_tail", "n_obs_steps", "reasoning", "camera_dropout", "state_dropout")
 EVALUATION = ("report.md", "report.json", "report.png", "protocol.json")
-TRAINING = (
-    *("max_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "warmup_steps"),
-    *("weight_decay", "adam_beta2", "ema_decay", "seed"),
-)  # what a model card tells of a recipe's section
 
-CARD = """\
----
-license: apache-2.0
-library_name: hf_vla
-pipeline_tag: robotics
-tags: [{family}]
----
+ABOUT = """
+## About this checkpoint
 
-# {name}
-
-A {title} of {millions:.1f} million parameters, {origin}, trained on {episodes} demonstrations ({frames} control
-steps) of {number} in simulation.
-
-```python
-from hf_vla import Policy
-
-policy = Policy.from_pretrained("{name}")  # this folder
-policy.reset()
-observation = {{
-    {observation}
-    "task": "{task}",
-}}
-action = policy.select_action(observation)  # at every control step
-```
-
-- Cameras: {cameras}
-- State: {state}
-- Actions: chunks of {chunk_size}; {names}; {actions}
-
-## Training
-
-{steps} steps, without {held_out} held-out episodes{error}.
-The recipe (others in `scripts/recipes` make what it starts from):
-
-```yaml
-{recipe}```
+It knows one simulated robot, its cameras where they stood, and its instructions, word by word. It has never been on a
+robot. A model this small shows how a vision-language-action model is trained, run and evaluated; it does not
+generalise as one of billions of parameters. Recipes in `scripts/recipes` make what it starts from.
 
 The weights are rounded to float16 and computed with in float32. On {measured} held-out frames this changes the
 actions by {change:.2g} % of their range on average, and by {largest:.2g} % at most.
 
-## Limits
-
-It knows one simulated robot, its cameras where they stood, and these instructions, word by word. It has never been
-on a robot. A model this small shows how a
-vision-language-action model is trained, run and evaluated; it does not generalise as one of billions of parameters.
-
 `frame.json` is the middle of a held-out episode, with its pictures and the actions recorded there.
-
-<details><summary>Instructions</summary>
-
-{instructions}
-
-</details>
+"""
+EVALUATED = """
+The evaluation was of {which}; [its report](eval/report.md) with records is in `eval/`.
 """
 
 
@@ -112,12 +65,15 @@ def ship(folder, name, recipe, report=None):
         print(f"Rounding to float16 changes actions by {mean:.2g} % of their range, {largest:.2g} % at most.")
         if not mean <= 100 * LARGEST_CHANGE:
             raise ValueError(f"Expected {100 * LARGEST_CHANGE:g} % at most on average, came {mean:.2g} %.")
-        frame = save_frame(opened, new)
-        progress = json.loads(Path(folder, "trainer_state.json").read_text())
-        card = {"name": name, "task": frame["task"], "measured": len(changes), "change": mean, "largest": largest}
-        (new / "README.md").write_text(CARD.format(**card, **facts(model, processor, opened, recipe, progress)))
+        save_frame(opened, new)
+        shutil.copy(Path(folder, SUMMARY), new)
+        about = ABOUT.format(measured=len(changes), change=mean, largest=largest)
         if report is not None:
-            copy_report(Path(report), new, weights_sha256(rounded), weights_sha256(model))
+            about += EVALUATED.format(
+                which=copy_report(Path(report), new, weights_sha256(rounded), weights_sha256(model))
+            )
+        with write_card(new, license="apache-2.0").open("a", encoding="utf-8") as file:
+            file.write(about)
         refuse_paths(new)
         shutil.rmtree(CHECKPOINTS / name, ignore_errors=True)
         new.rename(CHECKPOINTS / name)
@@ -194,68 +150,8 @@ def save_frame(opened, folder):
     return frame
 
 
-def facts(model, processor, opened, recipe, progress):
-    """What the model card tells."""
-    codec, key = processor.action_codec, opened.arguments.unnorm_key
-    spec, state_spec = codec.specs(key)
-    statistics = codec.statistics[key]
-    cameras = processor.camera_specs(key)
-    errors = [each["eval_action_error"] for each in progress["log_history"] if "eval_action_error" in each]
-    tasks = sorted(set(opened.episodes.texts("task")))
-    said = [f'"observation.images.{camera.name}": image,  # (H, W, 3) uint8' for camera in cameras]
-    said += [] if state_spec is None else [f'"observation.state": state,  # {", ".join(state_spec.names)}']
-    sources = [f"`{short(source)}`" for name in SOURCES if (source := getattr(recipe.model, name))]
-    return {
-        "family": model.config.model_type,
-        "title": type(model).__name__.partition("For")[0],
-        "millions": sum(each.numel() for each in model.parameters()) / 1e6,
-        "origin": f"started from {' and '.join(sources)}" if sources else "random at first",
-        "episodes": statistics["num_trajectories"],
-        "frames": statistics["num_transitions"],
-        "number": f"{len(tasks)} instruction{'s' * (len(tasks) > 1)}",
-        "observation": "\n    ".join(said),
-        "cameras": ", ".join(f"`{camera.name}`, {camera.width} x {camera.height}" for camera in cameras),
-        "state": "none" if state_spec is None else ", ".join(f"`{each}`" for each in state_spec.names),
-        "chunk_size": codec.chunk_size,
-        "names": ", ".join(f"`{each}`" for each in spec.names),
-        "actions": describe(spec),
-        "steps": progress["global_step"],
-        "held_out": len(opened.arguments.eval_episodes),
-        "error": f"\n(there, its mean absolute action error is {errors[-1]:.3f} robot units)" if errors else "",
-        "recipe": short_recipe(recipe),
-        "instructions": "\n".join(f"- {task}" for task in tasks),
-    }
-
-
-def short_recipe(recipe):
-    """What was trained, on what and how, as YAML; folders by their names."""
-    (data, *_), training = recipe.data.datasets, {name: getattr(recipe.training, name) for name in TRAINING}
-    training["lr_scheduler_type"] = recipe.training.lr_scheduler_type.value
-    model = {name: short(value) if name in SOURCES else value for name, value in chosen(recipe.model).items()}
-    whole = {name: value for name, value in chosen(recipe.data).items() if name in DATA}
-    state = {} if data.state is None else {"state": chosen(data.state)}
-    shown = {"model": model, "data": {"source": data.unnorm_key, **state, **whole}, "training": training}
-    return yaml.safe_dump(shown, sort_keys=False)
-
-
-def chosen(section):
-    """What a section of a recipe sets, as plain values."""
-    values = {each.name: getattr(section, each.name) for each in fields(section) if each.init}
-    defaults = {each.name: each.default for each in fields(section)}
-    return {
-        name: chosen(value) if is_dataclass(value) else value
-        for name, value in values.items()
-        if value is not None and value != defaults[name]
-    }
-
-
-def short(source):
-    """A folder's name, or a name on the Hub as it is."""
-    return Path(source).name if Path(source).is_dir() else source
-
-
 def copy_report(source, folder, shipped, trained):
-    """Put an evaluation beside the checkpoint and into its model card."""
+    """Put an evaluation beside the checkpoint, and say which weights it is of."""
     protocol = json.loads((source / "protocol.json").read_text(encoding="utf-8"))
     if protocol["weights_sha256"] not in (shipped, trained):
         raise ValueError(f"{source} tells of other weights: {protocol['weights_sha256']}, these are {shipped}.")
@@ -265,10 +161,7 @@ def copy_report(source, folder, shipped, trained):
         shutil.copy(source / name, target)
     records = (source / "episodes.jsonl").read_bytes()
     (target / "episodes.jsonl.gz").write_bytes(gzip.compress(records, mtime=0))
-    card = add_to_model_card(folder, target)
-    which = "the weights of this folder" if protocol["weights_sha256"] == shipped else "the weights before rounding"
-    with card.open("a", encoding="utf-8") as file:
-        file.write(f"\nThe evaluation was of {which}; [its report](eval/report.md) with records is in `eval/`.\n")
+    return "the weights of this folder" if protocol["weights_sha256"] == shipped else "the weights before rounding"
 
 
 def refuse_paths(folder):

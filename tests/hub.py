@@ -9,6 +9,7 @@ import fnmatch
 import hashlib
 import json
 import re
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
@@ -16,7 +17,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 TOKEN = "hf_of_the_stand_in"
+READ_TOKEN = "hf_of_the_stand_in_to_read"
 USER = "somebody"
 LFS_SUFFIXES = {".parquet", ".mp4", ".safetensors", ".bin", ".pt", ".png", ".arrow", ".zip"}
 PREFIXES = {"datasets": "dataset", "models": "model", "spaces": "space"}
@@ -41,6 +45,7 @@ class Repo:
     """Commits as dictionaries path -> blob, branches and tags as names of commits."""
 
     private: bool = False
+    gated: bool = False
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -94,6 +99,7 @@ class Hub:
         repos: `(kind, "owner/name")` -> `Repo`, kinds being "dataset", "model" and "space".
         log: every `Request` so far.
         token: what a user who may write, and read what is private, sends.
+        read_token: what a user who may read what is private sends.
         latency: seconds that every answer is kept waiting.
     """
 
@@ -104,7 +110,7 @@ class Hub:
         self.faults: list[Fault] = []
         self.latency = 0.0
         self.closed = False
-        self.token = TOKEN
+        self.token, self.read_token = TOKEN, READ_TOKEN
         self._lock = threading.Lock()
         handler = type("Handler", (Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -149,6 +155,10 @@ class Hub:
     def cut(self, pattern, times=1, after=0):
         """Close the connection in the middle of the next answers to paths that fit."""
         self.faults.append(Fault(pattern, times, after=after, method="GET"))
+
+    def cut_upload(self, pattern, times=1, after=0):
+        """Close the connection in the middle of the next uploads to paths that fit."""
+        self.faults.append(Fault(pattern, times, after=after, method="PUT"))
 
     def requests(self, pattern="*", method="*"):
         """Return the requests so far whose path fits."""
@@ -206,10 +216,18 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         split = urlsplit(self.path)
-        self.route, self.query, self.body = unquote(split.path), parse_qs(split.query), self._read_body()
-        time.sleep(self.hub.latency)
+        self.route, self.query = unquote(split.path), parse_qs(split.query)
         self.broken = self.hub.fault(self.command, self.route)
+        if self.broken and not self.broken.status and self.command == "PUT":
+            self.rfile.read(self.broken.after)
+            self.hub.record(Request(self.command, self.route, 0, 0))
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        self.body = self._read_body()
+        time.sleep(self.hub.latency)
         try:
+            if self._token not in ("", TOKEN, READ_TOKEN):
+                raise Refusal(401, "", "Invalid credentials in Authorization header")
             if self.broken and self.broken.status:
                 raise Refusal(self.broken.status, "", "the stand-in was told to fail")
             for method, pattern, answer in ROUTES:
@@ -255,13 +273,18 @@ class Handler(BaseHTTPRequestHandler):
         return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
     def _signed_in(self):
-        if self._token != TOKEN:
+        if not self._token:
             raise Refusal(401, "", "Invalid username or password.")
+
+    def _may_write(self):
+        self._signed_in()
+        if self._token != TOKEN:
+            raise Refusal(403, "", "you must use a write token to upload to a repository.")
 
     def _repo(self, kind, name):
         repo = self.hub.repos.get((kind, name))
-        if repo is None or (repo.private and self._token != TOKEN):
-            raise Refusal(404 if self._token == TOKEN else 401, "RepoNotFound", "Repository not found")
+        if repo is None or (repo.private and not self._token):
+            raise Refusal(404 if self._token else 401, "RepoNotFound", "Repository not found")
         return repo
 
     def _commit(self, repo, revision):
@@ -275,7 +298,7 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": {"type": "access_token"}})
 
     def create(self):
-        self._signed_in()
+        self._may_write()
         wanted = json.loads(self.body)
         name = f"{wanted.get('organization') or USER}/{wanted['name']}"
         key = (wanted.get("type") or "model", name)
@@ -289,7 +312,7 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"url": url, "name": name, "id": "1"})
 
     def delete(self):
-        self._signed_in()
+        self._may_write()
         wanted = json.loads(self.body)
         name = f"{wanted.get('organization') or USER}/{wanted['name']}"
         self._repo(wanted.get("type") or "model", name)
@@ -297,7 +320,22 @@ class Handler(BaseHTTPRequestHandler):
         self._json({})
 
     def validate(self):
-        self._json({"errors": [], "warnings": []})
+        """Look at a card's metadata: the Hub knows pipelines, and takes no folder for a model."""
+        found = re.match(r"---\r?\n(.*?)\r?\n---", json.loads(self.body)["content"], re.DOTALL)
+        errors = []
+        try:
+            metadata = yaml.safe_load(found[1]) if found else {}
+            for key in ("base_model", "datasets"):
+                names = metadata.get(key) or []
+                for name in [names] if isinstance(names, str) else names:
+                    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+                        errors.append(f'"{key}" with value "{name}" is not valid')
+            if metadata.get("pipeline_tag", "robotics") != "robotics":
+                errors.append('"pipeline_tag" is not known')
+        except yaml.YAMLError as error:
+            errors.append(f"the metadata are no YAML: {error}")
+        problems = [{"message": error} for error in errors]
+        self._json({"errors": problems, "warnings": []}, 400 if errors else 200)
 
     def info(self, kind, name, revision="main"):
         repo = self._repo(PREFIXES[kind], name)
@@ -349,7 +387,10 @@ class Handler(BaseHTTPRequestHandler):
         self._json(found)
 
     def resolve(self, kind, name, revision, path):
-        hash, files = self._commit(self._repo(PREFIXES[(kind or "models/").rstrip("/")], name), revision)
+        repo = self._repo(PREFIXES[(kind or "models/").rstrip("/")], name)
+        hash, files = self._commit(repo, revision)
+        if repo.gated and self._token != TOKEN:
+            raise Refusal(403, "GatedRepo", f"Access to model {name} is restricted.")
         if path not in files:
             headers = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", "X-Repo-Commit": hash}
             return self._json({"error": "Entry not found"}, 404, headers)
@@ -372,7 +413,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send(data, 206 if wanted else 200, headers, size=last - first + 1)
 
     def preupload(self, kind, name, revision):
-        self._signed_in()
+        self._may_write()
         repo = self._repo(PREFIXES[kind], name)
         files = repo.commits[repo.resolve(revision)]
         wanted = [(file["path"], Path(file["path"]).suffix in LFS_SUFFIXES) for file in json.loads(self.body)["files"]]
@@ -388,7 +429,7 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"files": answer})
 
     def batch(self, kind, name):
-        self._signed_in()
+        self._may_write()
         self._repo(PREFIXES[(kind or "models/").rstrip("/")], name)
         objects = []
         for wanted in json.loads(self.body)["objects"]:
@@ -404,7 +445,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send(b"")
 
     def commit(self, kind, name, revision):
-        self._signed_in()
+        self._may_write()
         repo = self._repo(PREFIXES[kind], name)
         _, files = self._commit(repo, revision)
         files, message = dict(files), ""
@@ -436,7 +477,7 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"success": True, "commitUrl": url, "commitOid": hash, "hookOutput": ""})
 
     def reference(self, kind, name, what, revision):
-        self._signed_in()
+        self._may_write()
         repo = self._repo(PREFIXES[kind], name)
         wanted = json.loads(self.body or b"{}")
         names = repo.tags if what == "tag" else repo.branches

@@ -73,3 +73,37 @@ def test_child_processes_ask_the_stand_in(hub, folder):
     code = "import huggingface_hub as h; print(h.snapshot_download('somebody/blocks', repo_type='dataset'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert contents(Path(done.stdout.strip())) == contents(folder)
+
+
+def test_tokens_may_read_or_write_or_nothing(hub, folder):
+    hub.upload("somebody/secret", folder, private=True)
+    reader = HfApi(token=hub.read_token)
+    assert reader.repo_info("somebody/secret", repo_type="dataset").private
+    with pytest.raises(HfHubHTTPError, match="403"):
+        reader.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id="somebody/secret", repo_type="dataset")
+    with pytest.raises(HfHubHTTPError, match="401.*\n*.*Invalid credentials"):
+        HfApi(token="hf_another").repo_info("somebody/secret", repo_type="dataset")
+    assert hub.files("somebody/secret") == ["README.md", "data/é 1.bin", "empty.txt"]
+
+
+def test_uploads_are_cut_and_what_arrived_is_not_asked_for_again(hub, folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    (folder / "first.bin").write_bytes(b"1" * 1000)
+    api = HfApi(token=hub.token)
+    api.create_repo("somebody/thing")
+    hub.cut_upload("/lfs/*", times=1, after=10)
+    api.upload_file(path_or_fileobj=b"2" * 1000, path_in_repo="second.bin", repo_id="somebody/thing")
+    assert [request.status for request in hub.requests("/lfs/*", "PUT")] == [0, 200]  # tried again
+    api.upload_file(path_or_fileobj=b"2" * 1000, path_in_repo="third.bin", repo_id="somebody/thing")
+    assert len(hub.requests("/lfs/*", "PUT")) == 2
+
+
+@pytest.mark.parametrize(
+    "metadata", ["base_model: /tmp/here", "datasets: [here]", "pipeline_tag: dance", "license: [", "a: b\n c: d"]
+)
+def test_metadata_are_looked_at(hub, metadata):
+    api = HfApi(token=hub.token)
+    api.create_repo("somebody/thing")
+    with pytest.raises(ValueError, match="Invalid metadata|Invalid YAML"):
+        card = f"---\n{metadata}\n---\n".encode()
+        api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id="somebody/thing")

@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import ship_checkpoint
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from hf_vla.evaluation.protocol import weights_sha256
+from hf_vla.hub.card import write_card
 from hf_vla.training.recipe import load_recipe
 from hf_vla.training.run import train
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "scripts" / "recipes" / "tinyvla_tiny.yaml"
 NAMES = ("config.json", "frame.json", "frame_agentview.png", "frame_wrist.png", "model.safetensors", "README.md")
-NAMES += ("processor_config.json", "tokenizer.json", "tokenizer_config.json")
+NAMES += ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "training.json")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,9 @@ def test_it_ships_half_the_bytes_and_all_that_is_needed(script, trained, tmp_pat
         assert torch.equal(loaded.state_dict()[name], value.float())
     assert AutoProcessor.from_pretrained(shipped).action_codec.specs() is not None
     card = (shipped / "README.md").read_text()
-    assert card.startswith("---\nlicense") and "A TinyVLA of " in card and "1 steps, without 3 held-out" in card
+    assert "\nlicense: apache-2.0\n" in card and "A TinyVLA of " in card and "trained for 1 steps" in card
+    assert "| `robosuite_demos` | `robosuite_demos`, not on the Hub | 3 |" in card
+    assert write_card(shipped).read_text() == card and "On 3 held-out frames this changes the\nactions by" in card
     assert "changes actions by" in capsys.readouterr().out
 
 
@@ -100,7 +102,12 @@ def test_a_report_lies_beside_it_and_in_its_card(script, trained, tmp_path):
     records = gzip.decompress((shipped / "eval" / "episodes.jsonl.gz").read_bytes())
     assert records == (evaluation / "episodes.jsonl").read_bytes()
     card = (shipped / "README.md").read_text()
-    assert "## Evaluation on metaworld" in card and "model-index:" in card and "the weights before rounding" in card
+    assert "The evaluation was of the weights before rounding" in card and "model-index:" not in card
+    again = tmp_path.with_name("again")
+    write_evaluation(again, weights_sha256(AutoModel.from_pretrained(shipped)))
+    script.ship(folder, "tiny", recipe, again)
+    card = (shipped / "README.md").read_text()
+    assert "## Evaluation on metaworld" in card and "model-index:" in card and "the weights of this folder" in card
 
 
 def test_it_refuses_what_it_should_and_leaves_what_was_there(script, trained, tmp_path, monkeypatch):
@@ -135,14 +142,3 @@ def test_changes_are_shares_of_the_recorded_range(script, trained):
     changes = script.action_changes([always(chunk), always(another)], opened)
     assert changes.shape == (3, 4, 7)
     assert changes == pytest.approx(np.broadcast_to(0.1 * (np.arange(7) == 2), (3, 4, 7)), abs=1e-6)
-
-
-def test_a_recipe_is_shown_with_its_sources_names_alone(script, tmp_path):
-    for name in ("eyes", "depth"):
-        (tmp_path / name).mkdir()
-    sources = {"model.vision_model": str(tmp_path / "eyes"), "model.depth_model": str(tmp_path / "depth")}
-    path = ROOT / "scripts" / "recipes" / "spatialvla_metaworld.yaml"
-    shown = yaml.safe_load(script.short_recipe(load_recipe(path, sources)))
-    model = yaml.safe_load(path.read_text())["model"]
-    assert shown["model"] == {**model, "vision_model": "eyes", "depth_model": "depth"}
-    assert "state" not in shown["data"] and shown["training"]["max_steps"] == 2000

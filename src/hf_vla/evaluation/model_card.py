@@ -1,19 +1,24 @@
 """Results of evaluations in a checkpoint's model card: a section for readers, a model index for the Hub."""
 
-import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
 
 from hf_vla.evaluation.records import write_whole
 from hf_vla.evaluation.report import DATA, headline, probe_sections, protocol_section, results_table, title
+from hf_vla.models.conversion import read_json
 
-METADATA = re.compile(r"\A---\n(.*?)^---(?:\n|\Z)", re.DOTALL | re.MULTILINE)
-MODEL_INDEX = re.compile(r"^model-index:.*\n(?:[ \t-].*\n|\n)*", re.MULTILINE)
+METADATA = re.compile(r"\A---[ \t]*\n(.*?)^(?:---|\.\.\.(?:[ \t]*\n---)?)[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
+SECTION = re.compile(
+    r"\n*^<!-- begin evaluation (\S+) (.+) -->$.*?^<!-- end evaluation \1 \2 -->$", re.DOTALL | re.MULTILINE
+)
+WEIGHTS = re.compile(r"^\| `weights_sha256` \| (\w+) \|$", re.MULTILINE)
 DEFAULTS = {"library_name": "hf_vla", "pipeline_tag": "robotics"}
 
 
@@ -72,19 +77,111 @@ def add_to_model_card(checkpoint_folder: str | Path, report_folder: str | Path) 
         FileNotFoundError: there is no such checkpoint or report.
         ValueError: the README.md's metadata or comments are broken.
     """
-    checkpoint, source = Path(checkpoint_folder), Path(report_folder) / DATA
-    if not (checkpoint / "config.json").is_file():
+    checkpoint, path = Path(checkpoint_folder), Path(checkpoint_folder, "README.md")
+    if not any((checkpoint / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise FileNotFoundError(f"{checkpoint}: no checkpoint in this folder, it has no config.json.")
-    if not source.is_file():
-        raise FileNotFoundError(f"{source}: no such file; `hf-vla eval` writes it at its end.")
-    report = json.loads(source.read_text(encoding="utf-8"))
-    path = checkpoint / "README.md"
     name = checkpoint.resolve().name
-    text = path.read_bytes().decode() if path.exists() else f"# {name}\n"
-    newline = "\r\n" if "\r\n" in text else "\n"
-    text = _with_section(path, _with_metadata(path, text.replace("\r\n", "\n"), name, report), report)
+    text, newline = read_card(path)
+    text = with_evaluation(path, text or f"# {name}\n", name, read_report(report_folder))
     write_whole(path, text.replace("\n", newline))
     return path
+
+
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """Read an evaluation's report.json.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is broken.
+    """
+    source = Path(folder, DATA)
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such file; `hf-vla eval` writes it at its end.")
+    report = read_json(source)
+    if missing := {"protocol", "overall", "tasks", "probes"} - report.keys():
+        raise ValueError(f"{source}: expected {min(missing)}, which it lacks; let `hf-vla eval` write it again.")
+    return report
+
+
+def read_card(path: Path) -> tuple[str, str]:
+    """Return a card's text, empty where there is none, with plain ends of lines, and what they were."""
+    text = path.read_bytes().decode("utf-8-sig") if path.exists() else ""
+    return text.replace("\r\n", "\n"), "\r\n" if "\r\n" in text else "\n"
+
+
+def split_metadata(path: Path, text: str) -> tuple[str, str]:
+    """Part a card into its metadata, YAML to which lines can be added, and its text.
+
+    Raises:
+        ValueError: the metadata are no YAML, or nothing that the Hub would take.
+    """
+    found = METADATA.match(text)
+    if not found:
+        return "", text
+    metadata, body = found[1], text[found.end() :]
+    try:
+        if not (values := yaml.safe_load(metadata)):
+            return "", body
+        ModelCard(f"---\n{metadata}---\n")
+    except Exception as error:  # whatever YAML finds wrong
+        raise ValueError(
+            f"{path}: its metadata cannot be read ({error}); mend what stands between the ---."
+        ) from error
+    return yaml_dump(values) if metadata.lstrip().startswith("{") else metadata, body
+
+
+def with_entry(metadata: str, name: str, value: Any) -> str:
+    """Write an entry of a card's metadata anew, or remove it where the value is None; other lines stay."""
+    block = "" if value is None else yaml_dump({name: value})
+    entry = re.compile(rf"^{name}:.*\n(?:[ \t-].*\n|\n)*", re.MULTILINE)
+    return entry.sub(lambda _: block, metadata, count=1) if entry.search(metadata) else metadata + block
+
+
+def with_evaluation(path: Path, text: str, name: str, report: dict[str, Any]) -> str:
+    """Put an evaluation into a card's text, see [`add_to_model_card`].
+
+    Args:
+        path (`Path`): to name in errors.
+        text (`str`): of the card.
+        name (`str`): of the model, where the card gives it none.
+        report (`dict`): report.json.
+
+    Returns:
+        `str`
+
+    Raises:
+        ValueError: the card's metadata or comments are broken.
+    """
+    return _with_section(path, _with_metadata(path, text, name, report), report)
+
+
+def without_evaluations_of_others(path: Path, text: str, weights: Callable[[], str]) -> str:
+    """Take evaluations of other weights out of a card: their sections, and their entries in the model index.
+
+    Args:
+        path (`Path`): to name in errors.
+        text (`str`): of the card.
+        weights (`Callable`): SHA-256 of these weights; called where there is an evaluation.
+
+    Returns:
+        `str`
+
+    Raises:
+        ValueError: the card's metadata are broken.
+    """
+    others = [each for each in SECTION.finditer(text) if weights() not in WEIGHTS.findall(each[0])]
+    if not others:
+        return text
+    for each in others:
+        text = text.replace(each[0], "")
+    metadata, body = split_metadata(path, text)
+    if not metadata:
+        return text
+    card = ModelCard(f"---\n{metadata}---\n").data
+    gone = {(each[1], each[2]) for each in others}
+    kept = [each for each in card.eval_results or [] if (each.dataset_type, each.dataset_config) not in gone]
+    index = eval_results_to_model_index(card.model_name, kept) if kept else None
+    return f"---\n{with_entry(metadata, 'model-index', index)}---\n{body}"
 
 
 def _identity(report):
@@ -93,26 +190,16 @@ def _identity(report):
 
 
 def _with_metadata(path, text, name, report):
-    found = METADATA.match(text)
-    metadata, body = (found[1], text[found.end() :]) if found else ("", "\n" + text)
-    try:
-        card = ModelCard(f"---\n{metadata}---\n{body}").data if metadata else None
-    except Exception as error:  # whatever YAML finds wrong
-        raise ValueError(
-            f"{path}: its metadata cannot be read ({error}); mend what stands between the ---."
-        ) from error
+    metadata, body = split_metadata(path, text)
+    card = ModelCard(f"---\n{metadata}---\n").data if metadata else None
     new = eval_results(report)
     kept = [old for old in (card and card.eval_results) or [] if old.unique_identifier != new[0].unique_identifier]
-    index = {"model-index": eval_results_to_model_index(getattr(card, "model_name", None) or name, [*kept, *new])}
     for key, value in DEFAULTS.items():
         if getattr(card, key, None) is None:
             metadata += f"{key}: {value}\n"
-    block = yaml_dump(index)
-    if MODEL_INDEX.search(metadata):
-        metadata = MODEL_INDEX.sub(lambda _: block, metadata, count=1)
-    else:
-        metadata += block
-    return f"---\n{metadata}---\n{body}"
+    index = eval_results_to_model_index(getattr(card, "model_name", None) or name, [*kept, *new])
+    gap = "" if METADATA.match(text) else "\n"
+    return f"---\n{with_entry(metadata, 'model-index', index)}---\n{gap}{body}"
 
 
 def _with_section(path, text, report):

@@ -120,8 +120,8 @@ def describe(plan: EvaluationPlan, policy: Policy, checkpoint: str, cameras: Cam
         "weights_sha256": weights_sha256(policy.model),
         "config_sha256": config_sha256(policy.model, policy.processor),
         "dtype": str(policy.model.dtype).removeprefix("torch."),
-        "device": _device(policy.model.device),
-        "machine": f"{_processor()}, {platform.system()}, Python {platform.python_version()}",
+        "device": device_name(policy.model.device),
+        "machine": machine(),
         "versions": {name: version(name) for name in packages} | robot.versions,
         "command": _command(plan, checkpoint, policy.model.device),
     }
@@ -175,7 +175,8 @@ def _preprocessing(processor):
     return {name: values[name] for name in sorted(values) if values[name] is not None and not name.startswith("_")}
 
 
-def _device(device):
+def device_name(device: torch.device) -> str:
+    """Name of an accelerator, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -185,6 +186,11 @@ def available_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system
         return os.cpu_count() or 1
+
+
+def machine() -> str:
+    """Processor, system and Python of this machine, in a line."""
+    return f"{_processor()}, {platform.system()}, Python {platform.python_version()}"
 
 
 def _processor():

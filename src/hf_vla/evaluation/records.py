@@ -146,11 +146,14 @@ def read_records(folder: str | Path) -> tuple[list[EpisodeRecord], dict[str, Any
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that there is never half of it."""
     aside = path.with_name(path.name + ".part")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _whole_lines(path: Path) -> bytes:

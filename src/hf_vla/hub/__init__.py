@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: pushing checkpoints, model cards, code that travels with them."""
