@@ -46,3 +46,33 @@ def plot_success(report, title):
     axis.set_axisbelow(True)
     figure.suptitle(fill(title, 90), fontsize=10, parse_math=False)
     return figure
+
+
+def plot_open_loop(recorded, frames, chunks, names, title):
+    """Draw what was recorded in an episode, and over it the chunks that were predicted along it.
+
+    Args:
+        recorded (`np.ndarray` of shape `(length, action_dim)`): robot units.
+        frames (`np.ndarray` of shape `(n,)`): at which the chunks begin.
+        chunks (`np.ndarray` of shape `(n, chunk_size, action_dim)`): robot units.
+        names (`Sequence[str]`): of the dimensions.
+        title (`str`): shown above.
+
+    Returns:
+        `matplotlib.figure.Figure`: a row for each dimension.
+    """
+    figure = Figure(figsize=(7.0, 1.0 + 1.15 * len(names)), layout="constrained", dpi=90)
+    figure.suptitle(fill(title, 90), fontsize=10, parse_math=False)
+    axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    for dimension, (axis, name) in enumerate(zip(axes, names, strict=True)):
+        axis.plot(recorded[:, dimension], color="0.35", linewidth=1.5, label="recorded")
+        for frame, chunk in zip(frames, chunks, strict=True):
+            shown = chunk[: len(recorded) - frame, dimension]
+            label = "predicted chunks, from the dot on" if frame == frames[0] else None
+            line = axis.plot(range(frame, frame + len(shown)), shown, color=MEAN, linewidth=1, label=label)
+            axis.plot(frame, shown[0], "o", color=line[0].get_color(), markersize=3)
+        axis.set_ylabel(name, fontsize=8, parse_math=False)
+        axis.tick_params(labelsize=7)
+    axes[0].legend(fontsize=7, loc="best")
+    axes[-1].set_xlabel("row of the episode", fontsize=8)
+    return figure

@@ -157,12 +157,12 @@ def probe_dataset(policy: Policy, episodes: LeRobotEpisodes, frames: int = 100) 
     names = [name for name in PROBES if name != "swap" or len({*instructions}) > 1]
     recorded, masks, predicted, changed = [], [], [], {name: [] for name in names}
     for row in rows:
-        history = _history(policy, episodes, row)
-        recorded.append(_recorded(policy, history[-1]))
-        masks.append(~history[-1][ACTION + PAD_SUFFIX].numpy())
-        predicted.append(_predict(policy, [_observation(episodes, item) for item in history]))
+        seen = history(policy, episodes, row)
+        recorded.append(_recorded(policy, seen[-1]))
+        masks.append(~seen[-1][ACTION + PAD_SUFFIX].numpy())
+        predicted.append(_predict(policy, [observation_of(episodes, item) for item in seen]))
         for name in names:
-            probed = [PROBES[name](_observation(episodes, item), _context(item, instructions)) for item in history]
+            probed = [PROBES[name](observation_of(episodes, item), _context(item, instructions)) for item in seen]
             changed[name].append(_predict(policy, probed))
     predicted, recorded, real = np.stack(predicted), np.concatenate(recorded), np.concatenate(masks)
     spread = np.sqrt(predicted.var(axis=0).mean(axis=0))
@@ -177,6 +177,21 @@ def probe_dataset(policy: Policy, episodes: LeRobotEpisodes, frames: int = 100) 
     }
 
 
+def history(policy: Policy, episodes: LeRobotEpisodes, row: int) -> list[dict[str, Any]]:
+    """Return the items of a row and of as many before it, in its episode, as the policy looks back at."""
+    back = policy.processor.action_codec.n_obs_steps - 1
+    item = episodes[row]
+    earlier = range(row - min(back, int(item["frame_index"])), row)
+    return [*(episodes[place] for place in earlier), item]
+
+
+def observation_of(episodes: LeRobotEpisodes, item: dict[str, Any]) -> dict[str, Any]:
+    """Return what a policy sees of an item: pictures as simulators give them, under names that probes know."""
+    cameras = episodes.camera_keys
+    pictures = {IMAGES + key.removeprefix(IMAGES): _array(item[key]) for key in cameras}
+    return {**{key: value for key, value in item.items() if key not in cameras}, **pictures}
+
+
 def _values(observation, prefix):
     return [(key, value) for key, value in observation.items() if key.startswith(prefix) and value is not None]
 
@@ -184,21 +199,6 @@ def _values(observation, prefix):
 def _array(picture):
     """`(H, W, 3)` uint8 of whatever a policy takes for a picture."""
     return np.asarray(to_rgb(picture))
-
-
-def _history(policy, episodes, row):
-    """Items of a row and of as many before it, in its episode, as the policy looks back at; the row's is the last."""
-    back = policy.processor.action_codec.n_obs_steps - 1
-    item = episodes[row]
-    earlier = range(row - min(back, int(item["frame_index"])), row)
-    return [*(episodes[place] for place in earlier), item]
-
-
-def _observation(episodes, item):
-    """What the policy sees: pictures as simulators give them, under names that probes know."""
-    cameras = episodes.camera_keys
-    pictures = {IMAGES + key.removeprefix(IMAGES): _array(item[key]) for key in cameras}
-    return {**{key: value for key, value in item.items() if key not in cameras}, **pictures}
 
 
 def _context(item, instructions):
