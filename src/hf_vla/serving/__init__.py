@@ -1,0 +1,1 @@
+"""A checkpoint behind a websocket, and how to talk to it."""
