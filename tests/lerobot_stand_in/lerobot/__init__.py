@@ -1,0 +1,1 @@
+"""Stand-in, see tests/lerobot_stand_in/README.md."""
