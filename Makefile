@@ -2,6 +2,7 @@
 # make train-demo  train, save, reload and try a tiny model on the embedded demonstrations; MODEL=tinyvla or divla likewise
 # make test      the default test suite (CPU, offline)
 # make test-sim  the tests in simulators; they render by EGL (Debian: libegl1, libgl1-mesa-dri)
+# make test-browser  the tests of the Space in a headless Chromium (Debian: chromium, chromium-driver)
 # make check     lint, format, types, architecture; changes nothing
 # make format    put every file into the house format
 #
@@ -11,13 +12,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PYTEST_ARGS ?= -n 2
 SIM_ARGS ?= -m "sim and not slow"
+BROWSER_ARGS ?= -m "browser and not slow"
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RLDS := $(VENV)/.installed-rlds
 SIM := $(VENV)/.installed-sim
 
-.PHONY: demo train-demo test test-sim check format install
+.PHONY: demo train-demo test test-sim test-browser check format install
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -26,7 +28,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,serve,space,dev]"
 	touch $@
 
 # TensorFlow, 1.5 GB, which the tests alone need
@@ -49,6 +51,9 @@ test: $(INSTALLED) $(RLDS)
 
 test-sim: $(INSTALLED) $(SIM)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIM_ARGS)
+
+test-browser: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(BROWSER_ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

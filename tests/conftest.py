@@ -21,6 +21,17 @@ def demos() -> Path:
 
 
 @pytest.fixture(scope="session")
+def pem(tmp_path_factory) -> Path:
+    """A private key, its certificate for this machine, and that of who signed it, in one file."""
+    import trustme
+
+    authority, path = trustme.CA(), tmp_path_factory.mktemp("tls") / "localhost.pem"
+    authority.issue_cert("localhost", "127.0.0.1").private_key_and_cert_chain_pem.write_to_path(path)
+    authority.cert_pem.write_to_path(path, append=True)
+    return path
+
+
+@pytest.fixture(scope="session")
 def demo_item(demos):
     """One frame of it: images float (C, H, W), state, action, task."""
     from hf_vla.data.lerobot import LeRobotEpisodes

@@ -29,6 +29,7 @@ def predict(
         int | None, typer.Option(help="Longest reasoning of the model's own; 0: act without words.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of the chunk to this file.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a checkpoint on the Hub.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes heads that draw noise repeatable.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: the accelerator.")] = None,
 ):
@@ -45,7 +46,12 @@ def predict(
     if plot is not None and (plot.suffix not in suffixes or not plot.absolute().parent.is_dir()):
         raise ValueError(f"Expected --plot to be a file {suffixes} in an existing folder, came {str(plot)!r}.")
     files = parse_images(image)
-    options = {"unnorm_key": unnorm_key, "seed": seed, "max_reasoning_tokens": max_reasoning_tokens}
+    options = {
+        "unnorm_key": unnorm_key,
+        "revision": revision,
+        "seed": seed,
+        "max_reasoning_tokens": max_reasoning_tokens,
+    }
     policy = Policy.from_pretrained(model, device=device, **options)
     observation = {TASK: text}
     for camera, path in name_cameras(files, policy.cameras).items():
