@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from selenium import webdriver
+from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -50,7 +51,13 @@ class Page:
         self.driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
 
     def wait(self, condition, seconds=15):
-        return WebDriverWait(self.driver, seconds, 0.1, ignored_exceptions=(Exception,)).until(lambda _: condition())
+        wait = WebDriverWait(self.driver, seconds, 0.1, ignored_exceptions=(Exception,))
+        try:
+            return wait.until(lambda _: condition())
+        except TimeoutException:
+            console = [entry["message"] for entry in self.driver.get_log("browser")]
+            text = self.find("body").text
+            raise AssertionError(f"Waited {seconds} s; the console says {console}, the page {text!r}") from None
 
     def find(self, selector):
         return self.driver.find_element(By.CSS_SELECTOR, selector)
