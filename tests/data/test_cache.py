@@ -155,7 +155,6 @@ def test_processes_that_are_killed_leave_whole_pictures(tmp_path):
                 else:
                     np.testing.assert_array_equal(picture, decode(path, times(frame))[0])
         kept.append(len(videos) * 400 - len(misses))
-    print("KEPT", kept)
     assert kept == sorted(kept)  # nothing that was kept is lost
     assert 0 < kept[0] < kept[-1]
 
