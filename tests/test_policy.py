@@ -1,3 +1,4 @@
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -241,6 +242,14 @@ def test_rejects_options(options, message):
 def test_rejects_a_checkpoint_of_another_kind():
     with pytest.raises(ValueError, match="processor of a hf_vla family, came BatchFeature"):
         Policy(Counter(), BatchFeature({}))
+
+
+@pytest.mark.parametrize("left", ["nothing", "a bare tokenizer"])
+def test_a_checkpoint_without_its_processor_is_said_to_be_one(tiny_checkpoint, tmp_path, left):
+    lost = {"processor_config.json"} | ({"tokenizer.json", "tokenizer_config.json"} if left == "nothing" else set())
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "mine", ignore=lambda _, names: lost & {*names})
+    with pytest.raises(ValueError, match=r"mine was saved without its processor: call processor\.save_pretrained"):
+        Policy.from_pretrained(folder)
 
 
 def test_runs_a_checkpoint_on_a_demonstration(tiny_checkpoint, demo_item):

@@ -13,15 +13,13 @@ import numpy as np
 import torch
 from guards import Refused, read_picture
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
-import hf_vla  # noqa: F401 registers the families
 from hf_vla.actions.heads.base import DenoisingHead
 from hf_vla.actions.tokenizers.base import FixedLengthTokenizer
 from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer
-from hf_vla.models.base import check_folder
 from hf_vla.models.images import to_rgb
+from hf_vla.models.loading import load_checkpoint
 from hf_vla.models.outputs import VLAOutput
 
 MAX_SECONDS = 60  # of one prediction, all samples together
@@ -71,12 +69,11 @@ class Checkpoint:
 
     def __init__(self, path, device):
         self.path, self.name, self.device = str(path), Path(path).name, device
-        check_folder(self.path, self.path)
-        self.processor = AutoProcessor.from_pretrained(self.path)
-        self.codec = getattr(self.processor, "action_codec", None)
-        if self.codec is None or not self.codec.keys:
-            raise ValueError(f"{self.path} has no processor of a hf_vla family that knows a robot's actions.")
-        self.model = AutoModel.from_pretrained(self.path).to(device).eval()
+        self.model, self.processor = load_checkpoint(self.path)
+        self.model.to(device)
+        self.codec = self.processor.action_codec
+        if not self.codec.keys:
+            raise ValueError(f"The processor of {self.path} has no statistics of any robot's actions.")
         self.takes_reasoning = getattr(self.processor, "takes_reasoning", False) and (
             self.model.config.max_reasoning_tokens > 0
         )

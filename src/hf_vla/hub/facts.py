@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel
 
 from hf_vla.actions.codec import ActionCodec
 from hf_vla.actions.heads.networks.registry import DENOISERS
@@ -18,6 +18,7 @@ from hf_vla.models.auto import FAMILIES
 from hf_vla.models.base import BASE, base_of_adapter, check_folder, recorded_base
 from hf_vla.models.checkpoint_files import published_files
 from hf_vla.models.conversion import read_json
+from hf_vla.models.loading import load_processor
 from hf_vla.training.summary import is_hub_name, read_summary
 
 RANGES = ("min", "q01", "q99", "max")
@@ -46,9 +47,7 @@ def checkpoint_facts(folder: str | Path) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(folder if (folder / "config.json").is_file() else base)
     if config.model_type not in FAMILIES:
         raise ValueError(f"Expected a checkpoint of {sorted(FAMILIES)}, came model_type {config.model_type!r}.")
-    if not (folder / "processor_config.json").is_file():
-        raise ValueError(f"{folder} was saved without its processor: call processor.save_pretrained on it, too.")
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = load_processor(folder)
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     codec, training = processor.action_codec, read_summary(folder)

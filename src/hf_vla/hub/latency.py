@@ -8,9 +8,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from transformers import AutoProcessor
 
 from hf_vla.evaluation.protocol import device_name, machine
+from hf_vla.models.loading import load_processor
 from hf_vla.policy import DEPTH, IMAGES, STATE, TASK, Policy
 from hf_vla.training.summary import read_checked, read_summary
 
@@ -54,7 +54,7 @@ def measure_latency(
     Raises:
         ValueError: see [`~hf_vla.policy.Policy`].
     """
-    unnorm_key = unnorm_key or AutoProcessor.from_pretrained(folder).action_codec.keys[0]
+    unnorm_key = unnorm_key or load_processor(folder).action_codec.keys[0]
     policy = Policy.from_pretrained(str(folder), unnorm_key=unnorm_key, device=device, seed=0)
     training = read_summary(folder)
     known = training["instructions"] if training else []

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from transformers import AutoModel, AutoProcessor
+from transformers.utils.hub import cached_file
 
 import hf_vla.models.auto  # noqa: F401  (registers the Auto classes)
 from hf_vla.models.base import base_of_adapter, check_folder, options_of_revision, recorded_base
@@ -23,7 +24,7 @@ def load_checkpoint(path, name=None, revision=None, token=None):
         `tuple`: the [`~transformers.PreTrainedModel`] and the [`~transformers.ProcessorMixin`].
 
     Raises:
-        ValueError: a revision of a folder, or see the model's `from_pretrained`.
+        ValueError: a revision of a folder; see [`load_processor`] and the model's `from_pretrained`.
         OSError: there is no checkpoint, or the Hub refuses it or the model that it adapts; the text says why.
     """
     check_folder(path, name or str(path))
@@ -35,5 +36,26 @@ def load_checkpoint(path, name=None, revision=None, token=None):
         recorded_base(Path(path, "adapter_config.json"))  # AutoModel takes none for a name on the Hub
     on_hub = source is not None and not Path(source).is_dir()
     with hub_errors(source, revision, token) if on_hub else nullcontext():
-        processor = AutoProcessor.from_pretrained(path, **hub)
+        processor = load_processor(path, **hub)
         return AutoModel.from_pretrained(path, **options_of_revision(path, **hub)), processor
+
+
+def load_processor(path, **hub):
+    """Load a checkpoint's processor.
+
+    Args:
+        path (`str` or `Path`): folder or Hub name.
+        hub: `revision` and `token`.
+
+    Returns:
+        [`~hf_vla.models.processing.VLAProcessor`]
+
+    Raises:
+        ValueError: there is none, where transformers would fall back on a bare tokenizer, or it is of another family.
+    """
+    if cached_file(path, "processor_config.json", _raise_exceptions_for_missing_entries=False, **hub) is None:
+        raise ValueError(f"{path} was saved without its processor: call processor.save_pretrained on it, too.")
+    processor = AutoProcessor.from_pretrained(path, **hub)
+    if not hasattr(processor, "action_codec"):
+        raise ValueError(f"Expected the processor of a hf_vla family in {path}, came {type(processor).__name__}.")
+    return processor

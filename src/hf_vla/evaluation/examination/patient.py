@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel
 
 from hf_vla.actions.normalization import ActionNormalizer
 from hf_vla.actions.spec import CameraSpec
@@ -20,6 +20,7 @@ from hf_vla.data.schema import ACTION
 from hf_vla.evaluation.probes import history, observation_of
 from hf_vla.models.base import base_of_adapter, check_folder
 from hf_vla.models.hub_errors import hub_errors
+from hf_vla.models.loading import load_processor
 from hf_vla.policy import DEPTH, IMAGES, STATE, TASK, Policy
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
@@ -154,13 +155,7 @@ class Patient:
     @part
     def processor(self):
         """The processor."""
-        processor = AutoProcessor.from_pretrained(self.folder)
-        if not hasattr(processor, "action_codec"):
-            raise ValueError(
-                f"Expected the processor of a hf_vla family, came {type(processor).__name__}: the checkpoint is of "
-                "another family, or was saved without its processor."
-            )
-        return processor
+        return load_processor(self.folder)
 
     @part
     def config(self):
