@@ -53,13 +53,14 @@ def test_a_server_is_tried_with_the_client(served, pem, tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ask)
     assert result.exit_code == 1 and "refuses (401): Give this server's token." in result.stderr
     monkeypatch.setenv("HF_VLA_SERVE_TOKEN", TOKEN)
-    result = CliRunner().invoke(app, [*ask, "--repeat", "3"])
+    result = CliRunner().invoke(app, [*ask, "--repeat", "3", "--contract"])
     assert result.exit_code == 0, result.stderr
     assert '"unnorm_key": "push"' in result.stdout and "gripper -1 open, +1 closed" in result.stdout
     assert "3 answers: p50 " in result.stdout
     shown = [line for line in result.stdout.splitlines() if line.startswith("│")]
     assert len(shown) == 16
     one = CliRunner().invoke(app, ask)
+    assert "unnorm_key" not in one.stdout
     direct = CliRunner().invoke(app, ["predict", "--model", str(CHECKPOINT), *ASK, "--seed", "0", "--device", "cpu"])
     rows = [[line for line in each.stdout.splitlines() if line.startswith("│")] for each in (one, direct)]
     assert rows[0] == rows[1]
@@ -110,6 +111,17 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def test_what_is_no_state_is_said_before_anybody_is_asked():
+    result = CliRunner().invoke(app, ["client", "ws://127.0.0.1:9", *ASK[:-1], "0.1 zwei"])
+    assert result.exit_code == 1 and "Expected --state to be numbers" in result.stderr
+
+
+def test_a_camera_that_is_not_there_is_said_before_a_robot_asks():
+    rename = "cam=observation.images.front"
+    result = CliRunner().invoke(app, ["serve", str(CHECKPOINT), "--rename", rename, "--device", "cpu"])
+    assert result.exit_code == 1 and "there is no camera 'front', only corner4" in result.stderr
 
 
 def test_nobody_there_is_one_sentence():

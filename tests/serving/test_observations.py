@@ -5,7 +5,7 @@ import pytest
 
 from hf_vla.actions.spec import CameraSpec
 from hf_vla.policy import Policy
-from hf_vla.serving.observations import describe_needs, parse_rename, take_fields, translate
+from hf_vla.serving.observations import check_rename, describe_needs, parse_rename, take_fields, translate
 
 IMAGE = np.zeros((48, 48, 3), np.uint8)
 WRIST = np.ones((48, 48, 3), np.uint8)
@@ -53,6 +53,16 @@ def test_two_cameras_are_told_apart(two_cameras):
     rename = parse_rename({"observation/image": "observation.images.front"})
     seen = translate({"observation/image": IMAGE, "observation/wrist_image": WRIST}, two_cameras, rename)
     assert seen["observation.images.front"] is IMAGE and seen["observation.images.wrist"] is WRIST
+
+
+def test_what_is_renamed_has_to_be_there(policy, sawyer):
+    check_rename({"cam": "observation.images.corner4", "x": "", "q": "observation.state"}, [policy])
+    for ours in ("observation.images.front", "observation.depth.front"):
+        with pytest.raises(ValueError, match="'cam' cannot be renamed to .* no camera 'front', only corner4"):
+            check_rename({"cam": ours}, [policy, policy])
+    nameless = Policy(*sawyer("tinyvla"))
+    nameless.cameras = []
+    check_rename({"cam": "observation.images.front"}, [policy, nameless])
 
 
 def test_a_checkpoint_that_names_no_camera_takes_any_one(policy, sawyer):

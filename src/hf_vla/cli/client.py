@@ -26,6 +26,9 @@ def client(
         Path | None, typer.Option(help="PEM file of a server's certificate that nobody else vouches for.")
     ] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for every answer.")] = 30.0,
+    contract: Annotated[
+        bool, typer.Option("--contract", help="Print all that the server says of its checkpoint, JSON.")
+    ] = False,
 ):
     """Try a policy server."""
     import ssl
@@ -41,7 +44,7 @@ def client(
     from hf_vla.cli.serve import read_token
     from hf_vla.serving.client import PolicyClient
 
-    files, console = parse_images(image), Console()
+    files, numbers, console = parse_images(image), state and parse_numbers(state), Console()
     context = None if tls_certificate is None else ssl.create_default_context(cafile=tls_certificate)
     with PolicyClient(url, read_token(token_file), timeout, context) as server:
         if server.metadata.get("server") != "hf_vla":
@@ -49,19 +52,18 @@ def client(
         known = server.metadata["adapters"]
         if adapter is not None and adapter not in known:
             raise ValueError(f"The server has no adapter {adapter!r}; it has {sorted(known)}.")
-        contract = server.metadata if adapter is None else known[adapter]
-        console.print_json(data={key: value for key, value in contract.items() if key != "adapters"})
-        if known:
-            console.print(f"Adapters: {', '.join(sorted(known))}", markup=False, highlight=False)
-        cameras = [CameraSpec.from_dict(camera) for camera in contract["cameras"]]
+        needs = server.metadata if adapter is None else known[adapter]
+        if contract:
+            console.print_json(data=server.metadata)
+        cameras = [CameraSpec.from_dict(camera) for camera in needs["cameras"]]
         message = {"task": text} | ({} if adapter is None else {"adapter": adapter})
         message |= {} if reasoning is None else {"reasoning": reasoning}
         for camera, path in name_cameras(files, cameras).items():
             picture = None if path is None else np.asarray(open_upright(path).convert("RGB"))
             message[f"observation.images.{camera}"] = picture
-        if state is not None:
-            message["observation.state"] = np.array(parse_numbers(state), np.float32)
-        if contract["n_obs_steps"] > 1:
+        if numbers is not None:
+            message["observation.state"] = np.array(numbers, np.float32)
+        if needs["n_obs_steps"] > 1:
             message["predict"] = True
         seconds = []
         for _ in range(repeat):
@@ -70,8 +72,8 @@ def client(
             seconds.append(time.perf_counter() - begun)
     if "reasoning" in answer:
         console.print(f"Reasoning: {escape(repr(answer['reasoning']))}", highlight=False)
-    spec = contract["action"] and ActionSpec.from_dict(contract["action"])
-    console.print(chunk_table(answer["actions"], spec, title=f"{text} ({contract['unnorm_key']})"))
+    spec = needs["action"] and ActionSpec.from_dict(needs["action"])
+    console.print(chunk_table(answer["actions"], spec, title=f"{text} ({needs['unnorm_key']})"))
     half, most = np.percentile(seconds, [50, 95]) * 1e3
     model = answer["server_timing"]["infer_ms"]
     console.print(

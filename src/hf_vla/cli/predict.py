@@ -60,6 +60,9 @@ def predict(
         if not policy.takes_state:
             raise ValueError("This checkpoint takes no state: leave --state out.")
         observation[STATE] = parse_numbers(state)
+    elif policy.takes_state:
+        names = "" if policy.state_spec is None else f" ({' '.join(policy.state_spec.names)})"
+        raise ValueError(f"This checkpoint needs the robot's state: give --state 'NUMBER NUMBER ...'{names}.")
     chunk = policy.predict_chunk(observation, reasoning)
     console, title = Console(), text
     if policy.reasoning is not None:  # quoted, since a model may say anything: nothing, or what a terminal would obey

@@ -74,7 +74,7 @@ def serve(
     names = parse_pairs(rename or [], "--rename")
 
     from hf_vla.serving.models import ServedModels
-    from hf_vla.serving.observations import parse_rename
+    from hf_vla.serving.observations import check_rename, parse_rename
     from hf_vla.serving.server import ServerOptions, serve_until_signalled
 
     logging.basicConfig(format="time=%(asctime)s level=%(levelname)s %(message)s")
@@ -90,6 +90,7 @@ def serve(
         reasoning_interval=reasoning_interval,
         max_reasoning_tokens=max_reasoning_tokens,
     )
+    check_rename(names, [models.policy(name) for name in (None, *models.adapters)])
     options = ServerOptions(
         host=host,
         port=port,

@@ -1,6 +1,6 @@
 """A robot's message -> an observation as a policy takes it: openpi's names, LeRobot's, or renamed by the user."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,24 @@ def parse_rename(pairs: Mapping[str, str]) -> dict[str, str]:
                 f"nothing, came {ours!r}."
             )
     return {_dotted(theirs): ours for theirs, ours in pairs.items()}
+
+
+def check_rename(rename: Mapping[str, str], policies: Iterable[Policy]) -> None:
+    """Refuse names for cameras that nothing which is served looks through.
+
+    Raises:
+        ValueError: there is no such camera; the text lists those that there are.
+    """
+    cameras = [{camera.name for camera in policy.cameras} for policy in policies]
+    if any(not names or None in names for names in cameras):  # that one takes any name
+        return
+    known = sorted(set().union(*cameras))
+    for theirs, ours in rename.items():
+        name = ours.removeprefix(IMAGES).removeprefix(DEPTH)
+        if name != ours and name not in known:
+            raise ValueError(
+                f"{theirs!r} cannot be renamed to {ours!r}: there is no camera {name!r}, only {', '.join(known)}."
+            )
 
 
 def _flatten(message, path="", depth=0):
