@@ -72,6 +72,14 @@ def test_two_processes_learn_what_one_learns(recipe, demos, tmp_path):
     assert find_flaw(folder) is None
 
 
+def test_a_process_that_does_not_write_writes_nothing(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    trainer._summary = {}
+    monkeypatch.setattr(type(trainer.args), "should_save", False)
+    trainer._save(tmp_path / "before the writer has made it")
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.slow
 def test_two_processes_go_on_where_they_were(demos, tmp_path):
     whole, first = learn(tmp_path, "tinyvla_tiny", 2, demos, **{"training.logging_steps": 2})

@@ -101,6 +101,8 @@ class DurableTrainer(PushingTrainer):
     def _save(self, output_dir=None, state_dict=None):
         """Save the model, and `training.json`; neither the Trainer's arguments, a pickle, nor peft's empty card."""
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # a process that only helps to gather the weights
+            return
         folder = Path(output_dir or self.args.output_dir)
         for name in (TRAINING_ARGS_NAME, "README.md"):
             (folder / name).unlink(missing_ok=True)
