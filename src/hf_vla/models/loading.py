@@ -4,7 +4,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from transformers import AutoModel, AutoProcessor
-from transformers.utils.hub import cached_file
 
 import hf_vla.models.auto  # noqa: F401  (registers the Auto classes)
 from hf_vla.models.base import base_of_adapter, check_folder, options_of_revision, recorded_base
@@ -53,9 +52,12 @@ def load_processor(path, **hub):
     Raises:
         ValueError: there is none, where transformers would fall back on a bare tokenizer, or it is of another family.
     """
-    if cached_file(path, "processor_config.json", _raise_exceptions_for_missing_entries=False, **hub) is None:
+    if Path(path).is_dir() and not Path(path, "processor_config.json").is_file():
         raise ValueError(f"{path} was saved without its processor: call processor.save_pretrained on it, too.")
     processor = AutoProcessor.from_pretrained(path, **hub)
     if not hasattr(processor, "action_codec"):
-        raise ValueError(f"Expected the processor of a hf_vla family in {path}, came {type(processor).__name__}.")
+        raise ValueError(
+            f"Expected the processor of a hf_vla family in {path}, came {type(processor).__name__}: the checkpoint is "
+            "of another family, or was saved without its processor."
+        )
     return processor
