@@ -24,7 +24,7 @@ except (ImportError, AttributeError):  # AttributeError: the folder of that name
 import gradio as gr
 from form import FIELDS, change_dataset, change_model, check_upload, form, num_pictures, restore, show_camera
 from guards import (
-    MAX_FILE_SIZE,
+    MAX_MEGABYTES,
     MAX_SAMPLES,
     MAX_SEED,
     MAX_STEPS,
@@ -261,7 +261,7 @@ def launch(models=None, host="127.0.0.1", port=7860, share=False):
             share=share,
             theme=theme,
             css=CSS,
-            max_file_size=MAX_FILE_SIZE,
+            max_file_size=MAX_MEGABYTES * 10**6,
             mcp_server=True,
             footer_links=["api"],
             ssr_mode=False,

@@ -90,7 +90,8 @@ def change_model(model, instruction, *paths):
 
 def _is_shipped(path):
     shipped = [each for checkpoint in CHECKPOINTS.values() for each in checkpoint.pictures.values()]
-    return any(Path(path).read_bytes() == Path(each).read_bytes() for each in shipped)
+    own = Path(path).read_bytes() if Path(path).is_file() else None  # else gradio has deleted it
+    return any(own == Path(each).read_bytes() for each in shipped)
 
 
 @sentences

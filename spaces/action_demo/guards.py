@@ -11,7 +11,7 @@ from PIL import Image
 
 from hf_vla.models.images import to_rgb
 
-MAX_FILE_SIZE = "12mb"  # of an upload
+MAX_MEGABYTES = 12  # of a picture's file
 MAX_PIXELS = 24_000_000
 MAX_WORDS = 500  # characters of an instruction
 MAX_SAMPLES, MAX_STEPS, MAX_SEED = 16, 100, 2**31 - 1
@@ -57,12 +57,20 @@ def read_picture(path):
         `PIL.Image.Image`: 8 bits, RGB, as [`~hf_vla.models.images.to_rgb`] makes it; None where there is no path.
 
     Raises:
-        Refused: the file is empty, no picture, of another format, damaged, or of too many pixels.
+        Refused: the file is gone, empty, too large, no picture, of another format, damaged, or of too many pixels.
     """
     if path is None:
         return None
-    if Path(path).stat().st_size == 0:
+    try:
+        size = Path(path).stat().st_size
+    except FileNotFoundError:
+        raise Refused(
+            "This picture is no longer here: uploads are deleted after half an hour. Give it again."
+        ) from None
+    if size == 0:
         raise Refused("This file is empty (0 bytes): choose another picture.")
+    if size > MAX_MEGABYTES * 1e6:
+        raise Refused(f"This file has more than {MAX_MEGABYTES} megabytes: make the picture smaller first.")
     too_large = f"is larger than {MAX_PIXELS / 1e6:.0f} megapixels: make it smaller first."
     try:
         with Image.open(path, formats=FORMATS) as file:  # reads the header only
@@ -114,7 +122,8 @@ def parse_whole(value, what, least, most):
     Raises:
         Refused: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or value != int(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value != int(value):
         raise Refused(f"{what} has to be a whole number from {least} to {most}; {value!r} is not.")
     if not least <= value <= most:
         raise Refused(f"{what} has to be from {least} to {most}; {value:g} is not.")

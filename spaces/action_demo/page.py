@@ -1,7 +1,7 @@
 """Parts of the page: the picture's input, and the tabs of results."""
 
 import gradio as gr
-from guards import sentences
+from guards import Refused, sentences
 from plots import (
     picture_path,
     plot_denoising,
@@ -53,6 +53,17 @@ def make_picture(**options):
 # gradio's own opens the file before anybody has checked it. On the class, since sessions build components anew, and
 # not in a class of our own, for which gradio would write a stub beside this file.
 gr.Image.preprocess = lambda self, payload: None if payload is None else payload.path
+_keep = gr.Image.async_move_resource_to_block_cache
+
+
+async def keep(self, path):
+    """Refuse addresses: gradio would fetch what lies there, however large it is, before anybody has checked it."""
+    if isinstance(path, str) and path.startswith(("http://", "https://")):
+        raise Refused("Send the picture itself, not its address: an upload, or data:image/png;base64,...")
+    return await _keep(self, path)
+
+
+gr.Image.async_move_resource_to_block_cache = keep
 
 
 def tabs():

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from hf_vla.actions.heads.base import DenoisingHead
 from hf_vla.actions.tokenizers.base import FixedLengthTokenizer
 from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer
+from hf_vla.actions.values import middle
 from hf_vla.models.images import to_rgb
 from hf_vla.models.loading import load_checkpoint
 from hf_vla.models.outputs import VLAOutput
@@ -68,7 +69,7 @@ class Checkpoint:
     """
 
     def __init__(self, path, device):
-        self.path, self.name, self.device = str(path), Path(path).name, device
+        self.path, self.name, self.device = str(path), Path(path).resolve().name, device
         self.model, self.processor = load_checkpoint(self.path)
         self.model.to(device)
         self.codec = self.processor.action_codec
@@ -123,14 +124,14 @@ class Checkpoint:
         return names[0], names[1] if self.codec.takes_state else None
 
     def default_state(self, dataset=None):
-        """State of the example, else the dataset's mean; shortest numbers that are the same in float32."""
+        """State of the example, else the middle of the dataset's; shortest numbers that are the same in float32."""
         key = self.key(dataset)
         if not self.codec.takes_state:
             return ""
         if self.example is not None and key == self.example["dataset"]:
             values = self.example["state"]
         else:
-            values = self.codec.statistics[key]["state"]["mean"]
+            values = middle(self.codec.statistics[key]["state"], self.codec.state_normalizer(key).action_dim)
         return " ".join(np.format_float_positional(np.float32(value), trim="-") for value in values)
 
     def is_example(self, pictures):

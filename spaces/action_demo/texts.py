@@ -158,7 +158,7 @@ def meaning(checkpoint, key):
     words.append(_ranges(names, statistics))
     if state_names:
         words.append(
-            f"**The state** is what the robot measures of itself: {', '.join(state_names)}, in the same axes."
+            f"**The state** is what the robot measures of itself: {', '.join(state_names)}, in the dataset's units."
         )
     if checkpoint.instructions:
         listed = "\n".join(f"- {html.escape(each)}" for each in checkpoint.instructions)

@@ -49,11 +49,8 @@ def server(tmp_path_factory):
         wait_for(url, process, log)
         yield SimpleNamespace(url=url, log=log, uploads=uploads)
     finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")

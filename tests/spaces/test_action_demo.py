@@ -74,6 +74,17 @@ def test_bad_pictures_are_refused_in_a_sentence(bad_pictures, name):
     assert str(bad_pictures[name].parent) not in error.value.message and not error.value.print_exception
 
 
+def test_a_large_file_is_not_even_opened(tmp_path):
+    """Whatever way it came; uploads are bounded by gradio already."""
+    from guards import Refused, read_picture
+
+    scene().save(tmp_path / "large.png")
+    with (tmp_path / "large.png").open("ab") as file:
+        file.truncate(12_000_001)
+    with pytest.raises(Refused, match="more than 12 megabytes"):
+        read_picture(tmp_path / "large.png")
+
+
 def test_a_bomb_is_refused_by_its_header(tmp_path, monkeypatch):
     """20,000 x 20,000 pixels in a few kilobytes, which Pillow itself refuses; and between its two bounds."""
     from guards import Refused, read_picture
@@ -100,7 +111,7 @@ def test_a_state_is_checked(text, message):
         parse_state(text, ["a", "b", "c"])
 
 
-@pytest.mark.parametrize("value", [None, "4", 1.5, float("nan"), -1, 17, True])
+@pytest.mark.parametrize("value", [None, "4", 1.5, float("nan"), float("inf"), -1, 17, True])
 def test_whole_numbers_are_checked(value):
     from guards import Refused, parse_whole
 
@@ -431,6 +442,7 @@ def test_the_api_fails_in_sentences(server, connect, bad_pictures, good_pictures
     for change, message in (
         ({"image": None}, "Give a picture"),
         ({"image": handle_file(bad_pictures["text.png"])}, "cannot be read as a picture"),
+        ({"image": handle_file("https://127.0.0.1:9/picture.png")}, "Send the picture itself, not its address"),
         ({"instruction": " "}, "Write an instruction"),
         ({"instruction": "x" * 501}, "500 are the most"),
         ({"model": "none"}, "There is no model 'none' here"),
@@ -454,6 +466,23 @@ def test_files_of_the_server_are_no_pictures_to_ask_for(server):
     ]
     answer = httpx.get(f"{call}/{event}", timeout=60).text
     assert "event: error" in answer and "cannot be read" not in answer  # it was not even opened
+
+
+def test_an_upload_that_was_deleted_is_asked_for_again(server, served, good_pictures):
+    """The app has gradio empty its folder for uploads; a page that was left open may still have the picture."""
+    from form import change_model
+
+    logged = len(server.log.read_text())
+    with good_pictures["plain.png"].open("rb") as file:
+        (path,) = httpx.post(f"{server.url}/gradio_api/upload", files={"files": file}).json()
+    assert Path(path).is_relative_to(server.uploads)
+    Path(path).unlink()
+    image = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    call, data = f"{server.url}/gradio_api/call/predict", [image, "x", "tinyvla_metaworld", "", "0 0 0 0", 0, 1, 0]
+    event = httpx.post(call, json={"data": data}).json()["event_id"]
+    assert "no longer here: uploads are deleted after half an hour" in httpx.get(f"{call}/{event}", timeout=60).text
+    change_model("tinyvla_metaworld", "x", path)
+    assert "Traceback" not in server.log.read_text()[logged:]
 
 
 def test_everybody_gets_his_own_answer(connect, good_pictures):

@@ -1,5 +1,8 @@
 """Checks of numbers that a dataset, or its statistics, hold."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 EPSILON = 1e-8
@@ -20,3 +23,21 @@ def check_finite(values: np.ndarray, what: str = "actions") -> None:
 def is_constant(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Whether each range is empty up to rounding: `high - low <= 1e-8 * max(1, |low|, |high|)`."""
     return high - low <= EPSILON * np.maximum(1.0, np.maximum(np.abs(low), np.abs(high)))
+
+
+def middle(statistics: Mapping[str, Any], size: int) -> np.ndarray:
+    """Return the mean of recorded values; where it is not known, the middle of their range; else zeros.
+
+    Args:
+        statistics (`Mapping`): of actions or states, see [`~hf_vla.actions.statistics`].
+        size (`int`): their number of dimensions, D.
+
+    Returns:
+        `np.ndarray` of shape `(D,)`: float64, robot units.
+    """
+    if statistics.get("mean") is not None:
+        return np.asarray(statistics["mean"], np.float64)
+    for low, high in (("q01", "q99"), ("q10", "q90"), ("min", "max")):
+        if statistics.get(low) is not None and statistics.get(high) is not None:
+            return np.add(statistics[low], statistics[high]) / 2
+    return np.zeros(size)
