@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -389,6 +390,10 @@ def test_an_adapter_that_may_be_merged_and_one_that_may_not(tmp_path):
         processor.save_pretrained(folder)
         found = examine(folder, device="cpu")
         assert levels(found, FAIL) == ({"merge"} if dtype == torch.bfloat16 else set()), found.to_markdown()
+        patient = Patient(folder, device="cpu")
+        before = {name: weight.clone() for name, weight in patient.model.state_dict().items()}
+        assert [*files.merge_equal(patient)]
+        assert all(torch.equal(weight, before[name]) for name, weight in patient.model.state_dict().items())
     assert "may be merged" not in sentence(found, "merge") and "float32 before" in sentence(found, "merge")
 
 
@@ -459,6 +464,32 @@ def test_what_nobody_could_examine_is_no_clean_bill(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "CHECKS", {"looks": behaviour.looks})
     found = examine(tmp_path, device="cpu")
     assert levels(found, FAIL) == {"looks"} and not found.healthy()
+
+
+def test_the_frame_of_one_robot_is_not_held_against_another(copy_of):
+    def add_another(content):
+        other = json.loads(json.dumps(content["statistics"]["push"]))
+        for name in {*other["state"]} - {"std", "count", "mask"}:
+            other["state"][name] = [value + 3.0 for value in other["state"][name]]
+        content["statistics"]["other"] = other
+        content["camera_config"]["other"] = [content["camera_config"]["push"][0] | {"name": "front"}]
+        content["action_config"]["specs"]["other"] = content["action_config"]["specs"]["push"]
+
+    folder = copy_of(TINYVLA, of_processor(add_another))
+    assert Patient(folder, unnorm_key="push", device="cpu").frame["dataset"] == "push"
+    found = examine(folder, device="cpu", unnorm_key="other")
+    assert not levels(found, FAIL), found.to_markdown()
+
+
+def test_a_camera_without_a_name_is_chosen_among_several(demos, tmp_path):
+    patient = Patient(TINYVLA, demos, device="cpu", numbers=[0], camera_map={"corner4": "observation.images.wrist"})
+    (camera,) = patient.processor.camera_specs(patient.key)
+    patient.processor.cameras = {"push": [replace(camera, name=None)]}
+    with pytest.raises(ValueError, match="one without a name, which is called 'image' here"):
+        patient._check_request()
+    patient._camera_map = {"image": "observation.images.wrist"}
+    patient._check_request()
+    assert patient.episodes.camera_keys == ["observation.images.image"]
 
 
 def test_several_datasets_need_a_key(copy_of):

@@ -9,16 +9,16 @@ import torch
 from safetensors import safe_open
 
 from hf_vla.evaluation.examination.patient import FAIL, PASS, WARN, Patient, Unavailable, Verdict
+from hf_vla.models.checkpoint_files import is_pickle
 from hf_vla.models.spatialvla.action_tokens import token_fields
 
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 TRAINING_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
 SAME_MERGED = 1e-4  # spreads of the recorded actions; what adding float32 numbers in another order makes of them
 
 
 def safetensors_only(patient: Patient) -> Iterator[Verdict]:
     """Weights are in safetensors: a pickle runs whatever code its author put into it when it is read."""
-    found = [name for name in patient.files if name.lower().endswith(PICKLES)]
+    found = [name for name in patient.files if is_pickle(name)]
     state = [name for name in found if name.rpartition("/")[2].startswith(TRAINING_STATE)]
     weights = sorted({*found} - {*state})
     if weights:
@@ -131,6 +131,8 @@ def merge_equal(patient: Patient) -> Iterator[Verdict]:
 
     before = patient.chunks
     layers = [module for module in patient.model.modules() if isinstance(module, BaseTunerLayer)]
+    weights = [weight for layer in layers for weight in layer.get_base_layer().parameters()]
+    kept = [weight.detach().cpu().clone() for weight in weights]
     try:
         for layer in layers:
             layer.merge()
@@ -141,6 +143,9 @@ def merge_equal(patient: Patient) -> Iterator[Verdict]:
     finally:
         for layer in layers:
             layer.unmerge()
+        with torch.no_grad():  # W + update - update is not W: it was rounded
+            for weight, value in zip(weights, kept, strict=True):
+                weight.copy_(value)
     measured = {"moved": moved, "layers": len(layers), "dtype": str(patient.model.dtype)}
     if not layers:
         yield Verdict(

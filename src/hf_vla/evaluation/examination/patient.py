@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel
 
 from hf_vla.actions.normalization import ActionNormalizer
 from hf_vla.actions.spec import CameraSpec
+from hf_vla.actions.values import middle
 from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.data.schema import ACTION
 from hf_vla.evaluation.probes import history, observation_of
@@ -31,6 +32,7 @@ SEED = 0
 FRAMES = 8  # recorded ones that the model is shown
 SAMPLES = 4  # of a head that draws noise, whose mean is compared with what was done
 DEPTH_METRES = 1.0
+UNNAMED = "image"  # what a camera is called that the checkpoint has no name for
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,10 @@ class Patient:
             names = [camera.name for camera in self.processor.camera_specs(self.key) if camera.name is not None]
         except Unavailable:
             return
-        if unknown := sorted({*self._camera_map} - {*names}):
+        if unknown := sorted({*self._camera_map} - {*(names or [UNNAMED])}):
             raise ValueError(
-                f"The checkpoint has no camera {unknown}; it looks through {names or 'one without a name'}."
+                f"The checkpoint has no camera {unknown}; it looks through "
+                f"{names or f'one without a name, which is called {UNNAMED!r} here'}."
             )
 
     @property
@@ -223,6 +226,7 @@ class Patient:
         """The dataset with the cameras that the checkpoint looks through, and a chunk of actions from every row on."""
         names = [camera.name for camera in self.policy.cameras if camera.name is not None]
         chunk = range(self.processor.action_codec.chunk_size)
+        names = names or [*self._camera_map]  # of a camera without a name, UNNAMED
         options = {"cameras": names or None, "camera_map": self._camera_map, "delta_indices": {ACTION: chunk}}
         return LeRobotEpisodes(self.dataset, episodes=self._numbers, **options)
 
@@ -232,9 +236,13 @@ class Patient:
 
     @part
     def frame(self) -> dict[str, Any] | None:
-        """The recorded frame that lies beside shipped checkpoints: task, state, pictures' files, actions."""
+        """The recorded frame that lies beside shipped checkpoints: task, state, pictures' files, actions.
+
+        None where there is none, or it is of another robot than the one that is driven.
+        """
         path = self.folder / FRAME
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        frame = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return frame if frame is None or frame.get("dataset", self.key) == self.key else None
 
     @part
     def instructions(self) -> tuple[str, ...]:
@@ -276,9 +284,9 @@ class Patient:
         moments = [] if self.frame is None else [self.frame_moment]
         if self.policy.takes_state:
             known = self.processor.action_codec.statistics[self.key]["state"]
-            state = {STATE: known["mean"] if "mean" in known else np.add(known["min"], known["max"]) / 2}
+            state = {STATE: middle(known, self.state_normalizer.action_dim)}
         for task in self.instructions[:3]:
-            pictures = {IMAGES + (camera.name or "image"): natural_picture(camera, rng) for camera in cameras}
+            pictures = {IMAGES + (camera.name or UNNAMED): natural_picture(camera, rng) for camera in cameras}
             moments.append([pictures | state | _depths(cameras) | {TASK: task}])
         return moments
 
@@ -343,4 +351,4 @@ def _names(folder):
 
 def _depths(cameras):
     flat = {camera: np.full((camera.height, camera.width), DEPTH_METRES, np.float32) for camera in cameras}
-    return {DEPTH + (camera.name or "image"): depth for camera, depth in flat.items() if camera.depth}
+    return {DEPTH + (camera.name or UNNAMED): depth for camera, depth in flat.items() if camera.depth}
