@@ -117,6 +117,34 @@ def test_an_episode_goes_on_as_it_would_alone(shipped, vary, engine):
         assert np.array_equal(answers[0].actions, wanted[step])
 
 
+def test_an_instruction_that_is_too_long_is_the_observations_fault(shipped, engine, caplog):
+    models, seen = shipped("tinyvla_metaworld").models, shipped("tinyvla_metaworld").observation
+    (answer,) = together(engine(), [models.policy()], [seen | {"task": "a " * 2048}])
+    assert answer.kind == "observation" and "shorten the instruction" in str(answer) and not caplog.records
+
+
+@pytest.mark.parametrize("window_s", [float("inf"), float("nan"), -1.0, 1e9])
+def test_a_window_is_a_time(window_s):
+    with pytest.raises(ValueError, match="Expected a window of 0 to 60 seconds"):
+        Engine(2, window_s)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_has_failed(shipped, engine):
+    models, seen = shipped("tinyvla_metaworld").models, shipped("tinyvla_metaworld").observation
+
+    def fail(requests, seconds):
+        raise RuntimeError("nobody foresaw this")
+
+    failing = engine(observe=fail)
+    answers = together(failing, [models.policy(), models.policy()], [seen, seen], clients=2)
+    assert [answer.kind for answer in answers] == ["internal", "internal"]
+    failing.stop()
+    assert not failing.alive
+    with pytest.raises(RefusedRequest):
+        failing.submit(models.policy(), seen)
+
+
 def test_too_many_are_refused_at_once(shipped, engine, gate):
     models, seen = shipped("tinyvla_metaworld").models, shipped("tinyvla_metaworld").observation
     held = gate(models.policy().model)

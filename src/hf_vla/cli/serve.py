@@ -31,10 +31,12 @@ def serve(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Rows of every call of the model; default 8 on a GPU, 1 on the CPU.")
     ] = None,
-    batch_window_ms: Annotated[float, typer.Option(min=0.0, help="For which a request waits for others.")] = 5.0,
+    batch_window_ms: Annotated[
+        float, typer.Option(min=0.0, max=60_000.0, help="For which a request waits for others.")
+    ] = 5.0,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for the model.")] = 256,
     max_connections: Annotated[int, typer.Option(min=1, help="Clients at a time.")] = 128,
-    max_payload_mb: Annotated[float, typer.Option(min=0.001, help="Of one message.")] = 16.0,
+    max_payload_mb: Annotated[float, typer.Option(min=0.001, max=1024.0, help="Of one message.")] = 16.0,
     deadline_ms: Annotated[
         float | None, typer.Option(min=1.0, help="For which a request may wait for the model; default: any time.")
     ] = None,

@@ -115,11 +115,15 @@ def check_images(
             )
 
 
+class PromptTooLong(ValueError):
+    """An instruction, with the pictures, has more tokens than the backbone has positions for."""
+
+
 def check_length(text_config, length: int, num_new_tokens: int = 0) -> None:
     """Raise where a prompt, and what is to come behind it, is longer than the backbone has positions for.
 
     Raises:
-        ValueError: it is.
+        PromptTooLong: it is.
     """
     longest = getattr(text_config, "max_position_embeddings", None)
     if longest is not None and length + num_new_tokens > longest:
@@ -127,7 +131,7 @@ def check_length(text_config, length: int, num_new_tokens: int = 0) -> None:
         mend = (
             f"set max_reasoning_tokens to {longest - length} or less, " if num_new_tokens and length <= longest else ""
         )
-        raise ValueError(
+        raise PromptTooLong(
             f"Expected prompts of at most {longest - num_new_tokens} tokens, for which the backbone has positions"
             f"{room}, got {length}: {mend}shorten the instruction, or take fewer cameras or n_obs_steps."
         )

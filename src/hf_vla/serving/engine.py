@@ -4,16 +4,20 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from hf_vla.models.backbones import PromptTooLong
 from hf_vla.policy import TASK, Policy, predict_chunks
 from hf_vla.serving.protocol import RefusedRequest
 
 logger = logging.getLogger(__name__)
+
+MAX_WINDOW_S = 60
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,9 @@ class Engine:
         max_queue (`int`): requests that may wait; one more is refused.
         observe (`Callable[[int, float], None]`): told how many requests each call of the model answered, and its
             seconds.
+
+    Raises:
+        ValueError: the window is no time, or a very long one.
     """
 
     def __init__(
@@ -70,6 +77,8 @@ class Engine:
         max_queue: int = 256,
         observe: Callable[[int, float], None] = lambda requests, seconds: None,
     ):
+        if not 0 <= window_s <= MAX_WINDOW_S:
+            raise ValueError(f"Expected a window of 0 to {MAX_WINDOW_S} seconds, came {window_s}.")
         self.batch_size, self.window_s, self.max_queue = batch_size, window_s, max_queue
         self._observe = observe
         self.clients = 0  # connected, each of whom asks one thing at a time
@@ -122,10 +131,18 @@ class Engine:
         self._thread.join()
 
     def _work(self):
-        while batch := self._next():
-            running = [job for job in batch if job.future.set_running_or_notify_cancel()]
-            if running:
-                self._predict(running)
+        batch: list[_Job] = []
+        try:
+            while batch := self._next():
+                running = [job for job in batch if job.future.set_running_or_notify_cancel()]
+                if running:
+                    self._predict(running)
+        finally:  # nobody waits for a thread that has failed
+            with self._changed:
+                self._stopped, left = True, [*batch, *self._waiting]
+            for job in left:
+                with suppress(InvalidStateError):  # answered, or cancelled
+                    job.future.set_exception(RefusedRequest("internal", "The model's thread failed; see the log."))
 
     def _next(self) -> list[_Job]:
         """The next batch; empty when stopped."""
@@ -174,6 +191,8 @@ class Engine:
 
 def _refusal(job, error):
     """Whose fault it was: the observation's, of which nothing can be made for the model, else the server's."""
+    if isinstance(error, PromptTooLong):
+        return RefusedRequest("observation", str(error))
     try:
         job.policy.request(job.observation, job.reasoning)
     except ValueError as unusable:

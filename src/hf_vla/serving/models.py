@@ -54,7 +54,7 @@ class ServedModels:
         base = Policy.from_pretrained(path, keys.get(None), device, **options)
         if adapters and getattr(base.model, "_hf_peft_config_loaded", False):  # transformers' own word
             raise ValueError(f"{path!r} is an adapter itself: serve the model that all of them adapt.")
-        self.name = Path(path).name if Path(path).exists() else path
+        self.name = Path(path).resolve().name if Path(path).exists() else path
         self._loaded = {None: (base.model, base.processor)}
         self.shared = {name: self._load(name, source, path) for name, source in adapters.items()}
         self.contracts = {name: contract(self.policy(name)) for name in self._loaded}
