@@ -185,7 +185,9 @@ def test_private_repositories(signed_in, robots, monkeypatch):
     wanted = predict(robots["tinyvla"])
     assert np.array_equal(predict(REPO), wanted)
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(OSError, match=r"not on the Hub, or it is private: .* run `hf auth login`"):
+    with pytest.raises(
+        OSError, match=r"not on the Hub, or it is private, nor is there a folder .* run `hf auth login`"
+    ):
         predict(REPO)
     with pytest.raises(OSError, match="not on the Hub, or it is private"):
         predict("somebody/nothing")
@@ -345,7 +347,8 @@ def test_only_a_checkpoint_s_files_are_pushed(signed_in, robots, tmp_path):
         "base/keys.json",
         "weights.safetensors",
     ]
-    others += ["assets/robot.csv", "assets/robot.pt", "_hf_vla_unfinished/config.json", ".hidden/config.json"]
+    others += ["assets/robot.csv", "_hf_vla_unfinished/config.json", ".hidden/config.json"]
+    others += [f"assets/{name}" for name in ("robot.pt", "robot.PKL", "robot.pth.tar", "robot.joblib")]
     for name in others:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("mine")
@@ -384,6 +387,10 @@ def cut(folder):
     ("spoil", "message"),
     [
         (broken_shard, "{folder}/model.safetensors.index.json names model-00002-of-.*, which {folder} does not hold"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+            "{folder}/model.safetensors.index.json names no files of weights",
+        ),
         (cut, "{folder}/model.safetensors is not whole"),
         (
             lambda folder: (folder / "model.safetensors").rename(folder / "other.safetensors"),

@@ -19,7 +19,7 @@ from hf_vla.hub.card import CARD, write_card
 from hf_vla.hub.export import export_remote_code
 from hf_vla.hub.facts import ADAPTER, known_on_hub
 from hf_vla.models.base import BASE, check_folder
-from hf_vla.models.checkpoint_files import PICKLES, published_files, stale_files
+from hf_vla.models.checkpoint_files import is_pickle, published_files, stale_files
 from hf_vla.models.conversion import read_json
 from hf_vla.models.hub_errors import hub_errors
 from hf_vla.models.remote_code import is_ours, replace_file
@@ -142,7 +142,7 @@ def check_weights(folder: Path, files: list[str]) -> None:
         ValueError: they are not; the text names the file.
     """
     if not any(name in files for name in WEIGHTS):
-        pickled = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
+        pickled = [path.name for path in sorted(folder.iterdir()) if is_pickle(path.name)]
         came = f"only {', '.join(pickled)}, which is a pickle and could run any code" if pickled else "none of them"
         raise ValueError(
             f"Expected weights as model.safetensors or adapter_model.safetensors in {folder}, came {came}: save the "
@@ -150,7 +150,9 @@ def check_weights(folder: Path, files: list[str]) -> None:
         )
     again = "copy the checkpoint again, or save the model with save_pretrained."
     for name in (name for name in files if name.endswith(INDEX)):
-        shards = {str(Path(name).with_name(shard)) for shard in read_json(folder / name)["weight_map"].values()}
+        if not isinstance(named := read_json(folder / name).get("weight_map"), dict) or not named:
+            raise ValueError(f"{folder / name} names no files of weights: {again}")
+        shards = {str(Path(name).with_name(shard)) for shard in named.values()}
         if missing := sorted(shards - set(files)):
             raise ValueError(f"{folder / name} names {', '.join(missing)}, which {folder} does not hold: {again}")
     for name in (name for name in files if name.endswith(".safetensors")):

@@ -24,7 +24,7 @@ OF_A_MODEL = (
 OF_AN_EVALUATION = ("report.json", "report.md", "report.png", "protocol.json", "episodes.jsonl*", "open_loop.json")
 PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.mp4")
 TEXTS = ("README.md", "LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*")
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".pt.tar", ".pth.tar", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
 # How folders begin of which nothing is pushed, whatever is asked for: hidden ones, a training's saves.
 NOT_TOPS = (".", "_", "checkpoint-", "last-checkpoint")
 
@@ -60,6 +60,11 @@ def stale_files(there: Iterable[str], files: Iterable[str]) -> list[str]:
     return sorted(name for name in set(there) - set(files) if _is_loaded(name) or _is_code(name))
 
 
+def is_pickle(name: str) -> bool:
+    """Whether a file is, by its name, what pickle or torch.save writes."""
+    return name.lower().endswith(PICKLES)
+
+
 def _is_published(path, name, include):
     folder, _, file = name.rpartition("/")
     if name.startswith(NOT_TOPS) or any(part.startswith(".") for part in name.split("/")):
@@ -67,7 +72,7 @@ def _is_published(path, name, include):
     if path.suffix == ".py" and folder in ("", BASE) and is_ours(path):
         return True
     if _matches(name, include):
-        return not name.endswith(PICKLES)
+        return not is_pickle(name)
     shown = folder in ("", BASE) and _matches(file, (*TEXTS, *PICTURES))
     return shown or _is_loaded(name) or (_is_report(folder) and _matches(file, PICTURES))
 

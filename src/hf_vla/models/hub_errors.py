@@ -76,7 +76,8 @@ def _say(error, repo_id, revision, token, write):
         )
     if isinstance(error, RepositoryNotFoundError):
         mend = f"check whether {whose} may read it" if has_token else "run `hf auth login`, or set HF_TOKEN"
-        return f"{repo_id!r} is not on the Hub, or it is private: check the name, and if it is private, {mend}."
+        nor = "" if write else ", nor is there a folder of that name here"
+        return f"{repo_id!r} is not on the Hub, or it is private{nor}: check the name, and if it is private, {mend}."
     if status == 401:
         return (
             f"The Hub does not accept {whose}: it is wrong or has expired. Run `hf auth login` with a new one from "
@@ -105,7 +106,9 @@ def _say(error, repo_id, revision, token, write):
     # of the HTTP client, which huggingface_hub has exchanged before
     is_cut = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
     if is_cut or is_missing:
-        return f"The Hub ({constants.ENDPOINT}) cannot be reached for {repo_id!r}: check the connection" + (
-            ", and push again: what has arrived is not sent again." if write else "."
+        return f"The Hub ({constants.ENDPOINT}) cannot be reached for {repo_id!r}" + (
+            ": check the connection, and push again: what has arrived is not sent again."
+            if write
+            else ", which is no folder here: check the connection, or the name."
         )
     return None
