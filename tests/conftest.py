@@ -204,6 +204,7 @@ def hub(tmp_path_factory, monkeypatch):
     for name, value in here.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # made once, for the Hub of that moment
     yield server
     server.close()
     close_session()

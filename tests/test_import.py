@@ -117,9 +117,7 @@ ENTRY_POINTS = [
 ]
 FAST_ENTRY_POINTS = [
     "from transformers import AutoProcessor",
-    "from transformers import Gemma2ForCausalLM",
     "from hf_vla import SpatialVLAConfig",
-    "from hf_vla import SpatialVLAProcessor",
 ]
 
 
@@ -138,16 +136,15 @@ def test_auto_classes_know_the_families_from_any_entry_point(entry_point, order)
     assert run("\n".join(lines if order == "hf_vla first" else lines[::-1]) + CHECK) == "known"
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_other_families_load_without_ours(model_type):
-    code = f"""
+def test_other_families_load_without_ours():
+    code = """
 import sys, hf_vla
 from transformers import AutoModel, BertConfig
 config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
 assert type(AutoModel.from_config(config)).__name__ == "BertModel"
-print("hf_vla.models.{model_type}.modeling_{model_type}" in sys.modules)
+print([name for name in sys.modules if name.startswith("hf_vla.models.") and ".modeling_" in name])
 """
-    assert run(code) == "False"
+    assert run(code) == "[]"
 
 
 def test_importing_and_reloading_again_is_harmless():
