@@ -137,7 +137,7 @@ def test_columns_and_windows_equal_the_items(goldens):
         dataset.windows("observation.state")
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_open_their_own_containers(demos, context):
     dataset = LeRobotEpisodes(demos, cameras=["agentview"])
     rows = np.random.default_rng(0).integers(0, len(dataset), 200).tolist()
@@ -266,7 +266,7 @@ def test_windows_in_rows_fit_a_rate_that_is_no_whole_number(copy, edit):
     np.testing.assert_array_equal(dataset._deltas["action"], range(-50, 50))
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_pictures_are_copied_when_the_dataset_is_opened_and_shared_by_workers(copy, context, monkeypatch, tmp_path):
     """Not in every worker, when it needs the first of them."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
     ("model", "title", "pictures"),
     [
         ("spatialvla", "tiny SpatialVLA", ["frame.png"]),
-        ("tinyvla", "tiny TinyVLA", ["frame_agentview.png", "frame_wrist.png"]),
+        pytest.param("tinyvla", "tiny TinyVLA", ["frame_agentview.png", "frame_wrist.png"], marks=pytest.mark.slow),
         ("divla", "tiny DiVLA", ["frame_agentview.png", "frame_wrist.png"]),
     ],
 )

@@ -49,7 +49,7 @@ class Page:
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         self.driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
 
-    def wait(self, condition, seconds=15):
+    def wait(self, condition, seconds=60):
         wait = WebDriverWait(self.driver, seconds, 0.1, ignored_exceptions=(Exception,))
         try:
             return wait.until(lambda _: condition())
@@ -67,7 +67,7 @@ class Page:
     def open(self, query=""):
         left = self.driver.current_url.startswith("http")
         self.driver.get(self.url + "/" + query)
-        self.wait(lambda: self.find("#predict").is_enabled(), 60)  # the form is filled
+        self.wait(lambda: self.find("#predict").is_enabled(), 180)  # the form is filled
         if not self.find_all("#dataset"):
             self.find("#more > button").click()
             self.wait(lambda: self.find_all("#dataset"))
@@ -160,10 +160,12 @@ class Page:
 
 @pytest.fixture(scope="module")
 def shared_page(server):
-    """A browser for the tests that need none of their own."""
+    """A browser for the tests that need none of their own; where the page does not open, none of them begins."""
     page = Page(server.url)
-    yield page
-    page.driver.quit()
+    try:
+        yield page.open()
+    finally:
+        page.driver.quit()
 
 
 @pytest.fixture

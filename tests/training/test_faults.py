@@ -184,7 +184,7 @@ def test_other_errors_of_a_model_are_not_disguised(make_trainer, tmp_path, monke
         trainer.train()
 
 
-@pytest.mark.parametrize("event", ["on_step_begin", "on_prediction_step"])
+@pytest.mark.parametrize("event", [pytest.param("on_step_begin", marks=pytest.mark.slow), "on_prediction_step"])
 def test_sigterm_saves_at_once_and_the_run_ends_as_if_it_had_not_come(make_recipe, tmp_path, event):
     """Also in an evaluation, in which the weights are an average."""
     options = SMALL | {"training__save_steps": 100, "training__eval_strategy": "steps", "training__eval_steps": 3}

@@ -80,7 +80,7 @@ def images():
     return list(np.random.default_rng(1).integers(0, 255, (2, 48, 64, 3), np.uint8))
 
 
-@pytest.mark.parametrize("action_dim", [4, 7])
+@pytest.mark.parametrize("action_dim", [pytest.param(4, marks=pytest.mark.slow), 7])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_that_learnt_chunks_says_them(name, action_dim, images):
     """With rotations or, as on Meta-World, without."""
