@@ -29,11 +29,13 @@ PROCESSOR = {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_weights.safetensors")
 
 
-@pytest.mark.parametrize(("strategy", "adapters"), [("end", False), ("every_save", True), ("checkpoint", True)])
+@pytest.mark.parametrize(
+    ("strategy", "adapters"),
+    [("end", False), pytest.param("every_save", True, marks=pytest.mark.slow), ("checkpoint", True)],
+)
 def test_what_is_pushed_is_complete(
     strategy, adapters, hub, make_recipe, tiny_checkpoint, tmp_path, caplog, capfd, monkeypatch
 ):
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers another test's stand-in
     options = {"training__push_to_hub": True, "training__hub_model_id": REPO, "training__hub_strategy": strategy}
     options |= {"training__hub_token": hub.token, "training__hub_always_push": True, "data__eval_episodes": []}
     options |= {"training__max_steps": 2, "training__save_steps": 1, "training__per_device_train_batch_size": 2}

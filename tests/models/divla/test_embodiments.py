@@ -95,7 +95,9 @@ def prefix(name):
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-@pytest.mark.parametrize("head", LEARNING)
+@pytest.mark.parametrize(
+    "head", [pytest.param(head, marks=[pytest.mark.slow] * (head == "flow_matching")) for head in LEARNING]
+)
 def test_a_new_robot_learns_in_front_of_a_frozen_head(pretrained, batch, head, by_hand):
     model, other = pretrained(head, batch), repeated(other_robot(batch), 4)
     torch.manual_seed(0)
