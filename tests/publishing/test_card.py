@@ -211,7 +211,6 @@ def test_success_rates_of_other_weights_are_not_claimed(hub, tmp_path, monkeypat
     path.write_text(f"---\n{yaml.safe_dump(values)}---\n{ModelCard.load(path).text}\nMy words.\n")
     assert {each.metric_value for each in ModelCard.load(write_card(folder)).data.eval_results} == {rate, 3.5}
     monkeypatch.setenv("HF_TOKEN", hub.token)
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
     push_checkpoint(folder, "somebody/robot", code=False)
     assert str(rate) in hub.read("somebody/robot", "README.md", kind="model").decode()
     weights = load_file(folder / "model.safetensors")
@@ -254,7 +253,6 @@ def test_adapters_and_what_was_retrained_are_told_apart(robots, tmp_path, hub):
 
 def test_what_was_generated_of_another_model_is_not_kept(hub, robot, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.token)
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
     here = {"name": "mine", "on_hub": False}
     summary = {"steps": 5, "instructions": [], "num_instructions": 0, "action_error": None}
     summary |= {"trainable_parameters": None, "recipe": {}}
@@ -424,7 +422,6 @@ def test_what_a_training_saved_is_told(robots, tmp_path, monkeypatch):
 
 def test_adapters_name_their_model_where_the_hub_has_it(hub, robots, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.token)
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
     push_checkpoint(robots["tinyvla"], "somebody/base", code=False)
     torch.manual_seed(0)
     names = (name for name, _ in AutoModel.from_pretrained(robots["tinyvla"]).named_modules())

@@ -125,7 +125,6 @@ def test_the_hub_serves_it(hub, sawyer, goldens, tmp_path):
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own uploads
 def test_what_transformers_pushes_brings_the_code(hub, sawyer, tmp_path, monkeypatch):
     """Both of its ways; one of them uploads only what it saw being written."""
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers another test's stand-in
     monkeypatch.setenv("HF_TOKEN", hub.token)
     export_remote_code(save(tmp_path / "exported", *sawyer("spatialvla")))
     for number, part in enumerate(outputs.load(tmp_path / "exported")):

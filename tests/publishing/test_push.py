@@ -48,7 +48,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 @pytest.fixture
 def signed_in(hub, monkeypatch):
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers another test's stand-in
     monkeypatch.setenv("HF_TOKEN", hub.token)
     return hub
 

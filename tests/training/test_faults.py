@@ -241,9 +241,8 @@ def test_sigterm_is_given_back_where_a_training_stops(make_trainer, tmp_path, mo
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own uploads
-def test_a_push_leaves_the_output_folder_alone(hub, make_recipe, tmp_path, monkeypatch):
+def test_a_push_leaves_the_output_folder_alone(hub, make_recipe, tmp_path):
     """What is there is the model of a run that ended, or none: a copy would be seen half-written."""
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers another test's stand-in
     options = SMALL | {"training__push_to_hub": True, "training__hub_model_id": "me/run", "data__eval_episodes": []}
     options |= {"training__hub_token": hub.token, "training__hub_always_push": True, "training__save_total_limit": 1}
     options |= {"training__max_steps": 4, "training__hub_strategy": "all_checkpoints", "training__save_steps": 1}
@@ -270,7 +269,7 @@ def test_items_need_not_say_which_rows_they_are():
     assert collate([{"index": torch.tensor(3), "dataset": "d"}]) == {"count": 1, "rows": [("d", 3)]}
 
 
-def test_deepspeed_is_told_before_its_backward_pass(make_trainer, tmp_path, monkeypatch, small_head):
+def test_deepspeed_is_told_before_its_backward_pass(make_trainer, tmp_path, small_head):
     """Which also takes the step; here without DeepSpeed itself."""
     trainer = make_trainer(tmp_path, "divla_tiny", model__config=small_head)
     trainer.is_deepspeed_enabled = True

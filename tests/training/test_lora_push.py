@@ -84,7 +84,6 @@ def test_adapters_are_pushed_with_the_model_that_they_adapt(
     hub, make_recipe, vlm, small_head, demo_item, tmp_path, monkeypatch
 ):
     """On another computer, where nothing of the training is, they are loaded from the Hub, and trained on."""
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
     monkeypatch.setenv("HF_TOKEN", hub.token)
     options = {"training__push_to_hub": True, "training__hub_model_id": REPO, "training__hub_token": hub.token}
     options |= {"training__hub_strategy": "checkpoint", "training__hub_always_push": True}
@@ -115,7 +114,6 @@ PUSHED = SMALL | {"training__push_to_hub": True, "training__hub_model_id": REPO}
 def test_adapters_of_a_folder_are_refused_before_the_training(
     hub, make_recipe, tiny_checkpoint, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
     monkeypatch.setenv("HF_TOKEN", hub.token)
     options = PUSHED | {"model__preset": None, "model__grid": None, "model__lora__r": 4}
     steps = Steps()
@@ -134,10 +132,7 @@ def test_adapters_of_a_folder_are_refused_before_the_training(
         ("read", "The Hub does not let the token .* write to 'somebody/run'"),
     ],
 )
-def test_tokens_that_may_not_push_are_told_before_the_training(
-    hub, make_recipe, token, message, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+def test_tokens_that_may_not_push_are_told_before_the_training(hub, make_recipe, token, message, tmp_path):
     token = hub.read_token if token == "read" else token
     steps = Steps()
     with pytest.raises(OSError, match=message) as caught:
@@ -147,7 +142,6 @@ def test_tokens_that_may_not_push_are_told_before_the_training(
 
 def test_nothing_of_an_earlier_model_stays(hub, make_recipe, tmp_path, monkeypatch):
     """Adapters and their model made way for; other files and the best step's number stay."""
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
     monkeypatch.setenv("HF_TOKEN", hub.token)
     HfApi().create_repo(REPO)
     for name in ("adapter_config.json", "adapter_model.safetensors", "base/model.safetensors", "mine.csv"):
