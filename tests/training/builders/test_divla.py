@@ -138,14 +138,13 @@ def test_the_end_of_a_divlas_reasonings_stays_its_own_under_a_new_head(divla, ma
 
 @pytest.mark.parametrize("source", ["qwen", "divla"])
 def test_a_new_head_on_a_pretrained_backbone(source, make_recipe, tmp_path, demo_item, request, monkeypatch):
-    init = DiVLAForActionPrediction.__init__
+    folder, init = request.getfixturevalue(source), DiVLAForActionPrediction.__init__
 
     def built_once(self, config, backbone=None):
         assert backbone is not None or torch.empty(0).device.type == "meta"  # a second would take time and memory
         init(self, config, backbone)
 
     monkeypatch.setattr(DiVLAForActionPrediction, "__init__", built_once)
-    folder = request.getfixturevalue(source)
     options = {"model__preset": None, "model__backbone": str(folder), "data__chunk_size": 8}
     options["model__config"] = {"head_config": {"type": "regression"}, "max_reasoning_tokens": 40, "latent_dim": 9}
     model, processor = make(make_recipe(tmp_path, "divla_tiny", **options))
