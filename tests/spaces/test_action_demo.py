@@ -634,7 +634,9 @@ def test_zero_gpu_gets_its_decorator_before_torch(tmp_path):
         "def GPU(duration):\n"
         "    return lambda function: decorated.append((function.__name__, duration)) or function\n"
     )
-    code = "import app, spaces; print(spaces.early, spaces.decorated, app.run.__name__)"
+    code = "import app, spaces; print(spaces.early, spaces.decorated, app.run.__name__); "
+    code += f"app.load([{str(SPACE / 'checkpoints' / 'tinyvla_metaworld')!r}], False); print(app.build().delete_cache)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(SPACE), str(ROOT / "src")])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "True [('run', 60)] run\n", done.stderr
+    # of uploads those that are older than half an hour are deleted, every five minutes
+    assert done.stdout == "True [('run', 60)] run\n(300, 1800)\n", done.stderr
