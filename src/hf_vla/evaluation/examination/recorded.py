@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_vla.actions.statistics import ActionStatistics, is_constant
+from hf_vla.actions.statistics import ActionStatistics
+from hf_vla.actions.values import is_constant
 from hf_vla.data.schema import ACTION, IMAGES, PAD_SUFFIX, STATE, TASK, flat_names
 from hf_vla.evaluation.examination.patient import FAIL, PASS, WARN, Patient, Unavailable, Verdict
 from hf_vla.evaluation.plots import plot_open_loop

@@ -9,7 +9,7 @@ import numpy as np
 from hf_vla.actions.normalization import MODES
 from hf_vla.actions.rotations import rotation_shape
 from hf_vla.actions.spec import ActionSpec, StateSpec
-from hf_vla.actions.statistics import is_constant
+from hf_vla.actions.values import is_constant
 from hf_vla.evaluation.examination.patient import FAIL, PASS, WARN, Patient, Verdict
 
 ORDER = ("min", "q01", "q10", "q50", "q90", "q99", "max")
@@ -64,7 +64,7 @@ def frame_inside(patient: Patient) -> Iterator[Verdict]:
     not.
     """
     if patient.frame is None:
-        yield Verdict(PASS, "No recorded frame (frame.json) beside the checkpoint to compare with.")
+        yield Verdict(PASS, "No recorded frame (frame.json) of this robot beside the checkpoint to compare with.")
         return
     outside, known = [], patient.processor.action_codec.statistics[patient.key]
     for what, values in (("action", patient.frame["actions"]), ("state", patient.frame["state"])):
