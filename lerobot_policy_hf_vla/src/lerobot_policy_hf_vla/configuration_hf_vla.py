@@ -65,13 +65,9 @@ class HfVlaConfig(PreTrainedConfig):
         Raises:
             ValueError: see the class.
         """
-        from transformers import AutoProcessor
+        from hf_vla.models.loading import load_processor
 
-        import hf_vla  # noqa: F401 (registers the families)
-
-        processor = AutoProcessor.from_pretrained(checkpoint)
-        if not hasattr(processor, "action_codec"):
-            raise ValueError(f"Expected a checkpoint of hf_vla in {str(checkpoint)!r}, came one of another library.")
+        processor = load_processor(checkpoint)
         codec = processor.action_codec
         self.unnorm_key = codec.resolve_key(self.unnorm_key)
         self.chunk_size, self.n_obs_steps = codec.chunk_size, codec.n_obs_steps

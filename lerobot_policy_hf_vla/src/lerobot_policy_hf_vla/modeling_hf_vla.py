@@ -9,11 +9,10 @@ import torch
 from huggingface_hub import snapshot_download
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
-from transformers import AutoModel, AutoProcessor
 
-import hf_vla  # noqa: F401 (registers the families)
 from hf_vla.data.collator import VLACollator
 from hf_vla.data.schema import PAD_SUFFIX, TASK
+from hf_vla.models.loading import load_checkpoint
 from hf_vla.policy import Policy, predict_chunks
 from lerobot_policy_hf_vla.configuration_hf_vla import ACTION, IMAGES, STATE, HfVlaConfig
 
@@ -47,8 +46,7 @@ class HfVlaPolicy(PreTrainedPolicy):
         if config.chunk_size is None:
             config.read(folder)
         config.validate_features()
-        self.processor = AutoProcessor.from_pretrained(folder)
-        self.model = AutoModel.from_pretrained(folder)
+        self.model, self.processor = load_checkpoint(folder)
         if getattr(self.model, "_hf_peft_config_loaded", False):
             raise ValueError(
                 f"{str(folder)!r} is an adapter: merge it into its base model first (PeftModel.merge_and_unload), as "
