@@ -9,7 +9,7 @@ import numpy as np
 from hf_vla.actions.statistics import ActionStatistics
 from hf_vla.actions.values import is_constant
 from hf_vla.data.schema import ACTION, IMAGES, PAD_SUFFIX, STATE, TASK, flat_names
-from hf_vla.evaluation.examination.patient import FAIL, PASS, WARN, Patient, Unavailable, Verdict
+from hf_vla.evaluation.examination.patient import FAIL, PASS, UNNAMED, WARN, Patient, Unavailable, Verdict
 from hf_vla.evaluation.plots import plot_open_loop
 from hf_vla.evaluation.probes import history, observation_of
 
@@ -53,7 +53,7 @@ def dataset_contract(patient: Patient) -> Iterator[Verdict]:
         wrong.append(f"it has {info.fps:g} rows per second, the checkpoint acts {action.control_hz:g} times")
     cameras = {key.removeprefix(IMAGES): info.features[key] for key in info.camera_keys}
     for camera in patient.processor.camera_specs(patient.key):
-        name = patient.camera_in_dataset(camera.name or "")
+        name = patient.camera_in_dataset(camera.name or UNNAMED)
         if camera.name is not None and name not in cameras:
             wrong.append(f"it has no camera {name!r}, only {sorted(cameras)} (say which: --camera {camera.name}=NAME)")
         elif name in cameras and sorted(cameras[name]["shape"]) != sorted([camera.height, camera.width, 3]):
