@@ -262,6 +262,7 @@ def launch(models=None, host="127.0.0.1", port=7860, share=False):
             theme=theme,
             css=CSS,
             max_file_size=MAX_MEGABYTES * 10**6,
+            allowed_paths=[picture for each in CHECKPOINTS.values() for picture in each.pictures.values()],
             mcp_server=True,
             footer_links=["api"],
             ssr_mode=False,

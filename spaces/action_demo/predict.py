@@ -90,6 +90,8 @@ class Checkpoint:
         )
         self.pictures = {}  # of the example, by camera
         for camera, name in (self.example or {}).get("images", {}).items():
+            if Path(name).name != name:
+                raise ValueError(f"{frame} names the picture {name!r}; only files beside it are shown to visitors.")
             self.pictures[camera] = str(Path(path) / name)
         if any(camera.depth for key in self.codec.keys for camera in self.processor.camera_specs(key)):
             raise ValueError(f"{self.path} needs metric depth of a sensor, which this page has no input for.")

@@ -37,10 +37,13 @@ def wait_for(url, process, log, seconds=120):
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """The real page, started as a user does: `url`, and the `log` and the folder of `uploads` of its process."""
+    """The real page, started as a user does: `url`, and the `log` and the folder of `uploads` of its process.
+
+    The clone is neither in its working directory nor in its TMPDIR: what lies in those, gradio shows to everybody.
+    """
     folder, port = tmp_path_factory.mktemp("space"), free_port()
     log, uploads = folder / "log", folder / "uploads"
-    environment = os.environ | {"GRADIO_TEMP_DIR": str(uploads), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"GRADIO_TEMP_DIR": str(uploads), "TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"}
     command = [str(Path(sys.executable).parent / "hf-vla"), "space", "--port", str(port)]
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=folder)

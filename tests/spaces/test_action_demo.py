@@ -354,6 +354,20 @@ def test_a_link_brings_everything_back():
     assert parse_qs(link[1:]) == {"model": ["a b"], "instruction": ["50 % & more?"], "state": ["1 2"]}
 
 
+def test_an_example_shows_only_pictures_beside_it(tmp_path):
+    from predict import Checkpoint
+
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(SPACE / "checkpoints" / "tinyvla_metaworld", folder, ignore=shutil.ignore_patterns("eval"))
+    frame = json.loads((folder / "frame.json").read_text())
+    scene().save(tmp_path / "secret.png")
+    for name in ("../secret.png", str(tmp_path / "secret.png")):
+        frame["images"] = {"corner4": name}
+        (folder / "frame.json").write_text(json.dumps(frame))
+        with pytest.raises(ValueError, match=r"frame.json names the picture .*secret.png'; only files beside it"):
+            Checkpoint(str(folder), "cpu")
+
+
 @pytest.fixture(scope="module")
 def two_cameras(tmp_path_factory):
     """A checkpoint of two cameras and without an example, as a user may have one."""
