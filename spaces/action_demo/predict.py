@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from guards import Refused, read_picture
 from PIL import Image
+from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from hf_vla.actions.heads.base import DenoisingHead
@@ -58,7 +59,7 @@ class Prediction:
 
 
 class Checkpoint:
-    """A model, its processor and, where the folder has a frame.json, an example.
+    """A model, its processor and, where a frame.json lies beside them, an example.
 
     Args:
         path (`str`): folder or Hub name.
@@ -82,19 +83,22 @@ class Checkpoint:
         self.denoises = isinstance(self.head, DenoisingHead)
         self.num_steps = self.head.num_inference_steps if self.denoises else None
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        frame = Path(path) / "frame.json"
-        self.example = json.loads(frame.read_text(encoding="utf-8")) if frame.is_file() else None
-        training = Path(path) / "training.json"
-        self.instructions = (
-            json.loads(training.read_text(encoding="utf-8"))["instructions"] if training.is_file() else []
-        )
+        self.example = self._read_json("frame.json")
+        self.instructions = (self._read_json("training.json") or {}).get("instructions", [])
         self.pictures = {}  # of the example, by camera
         for camera, name in (self.example or {}).get("images", {}).items():
             if Path(name).name != name:
-                raise ValueError(f"{frame} names the picture {name!r}; only files beside it are shown to visitors.")
-            self.pictures[camera] = str(Path(path) / name)
+                raise ValueError(
+                    f"{self.path}'s frame.json names the picture {name!r}; only files beside it are shown to visitors."
+                )
+            self.pictures[camera] = cached_file(self.path, name)
         if any(camera.depth for key in self.codec.keys for camera in self.processor.camera_specs(key)):
             raise ValueError(f"{self.path} needs metric depth of a sensor, which this page has no input for.")
+
+    def _read_json(self, name):
+        """A file that lies beside the weights, in the folder or on the Hub; None where there is none."""
+        file = cached_file(self.path, name, _raise_exceptions_for_missing_entries=False)
+        return file and json.loads(Path(file).read_text(encoding="utf-8"))
 
     def key(self, dataset=None):
         """Name of a dataset, the example's or the first by default.

@@ -354,18 +354,37 @@ def test_a_link_brings_everything_back():
     assert parse_qs(link[1:]) == {"model": ["a b"], "instruction": ["50 % & more?"], "state": ["1 2"]}
 
 
-def test_an_example_shows_only_pictures_beside_it(tmp_path):
+@pytest.fixture
+def own_checkpoint(tmp_path):
+    """A folder that nobody else uses, with an example."""
+    kept = shutil.ignore_patterns("eval")
+    return shutil.copytree(SPACE / "checkpoints" / "tinyvla_metaworld", tmp_path / "tinyvla_metaworld", ignore=kept)
+
+
+def test_a_checkpoint_on_the_hub_brings_its_example(own_checkpoint, hub):
     from predict import Checkpoint
 
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(SPACE / "checkpoints" / "tinyvla_metaworld", folder, ignore=shutil.ignore_patterns("eval"))
-    frame = json.loads((folder / "frame.json").read_text())
+    hub.upload("somebody/robot", own_checkpoint, kind="model")
+    pulled, local = Checkpoint("somebody/robot", "cpu"), Checkpoint(str(own_checkpoint), "cpu")
+    assert pulled.example == local.example and pulled.instructions == local.instructions != []
+    assert pulled.is_example({name: to_rgb(Image.open(path)) for name, path in local.pictures.items()})
+    for name in ("frame.json", "training.json"):
+        (own_checkpoint / name).unlink()
+    hub.upload("somebody/plain", own_checkpoint, kind="model")
+    plain = Checkpoint("somebody/plain", "cpu")
+    assert (plain.example, plain.pictures, plain.instructions) == (None, {}, [])
+
+
+def test_an_example_shows_only_pictures_beside_it(own_checkpoint, tmp_path):
+    from predict import Checkpoint
+
+    frame = json.loads((own_checkpoint / "frame.json").read_text())
     scene().save(tmp_path / "secret.png")
     for name in ("../secret.png", str(tmp_path / "secret.png")):
         frame["images"] = {"corner4": name}
-        (folder / "frame.json").write_text(json.dumps(frame))
+        (own_checkpoint / "frame.json").write_text(json.dumps(frame))
         with pytest.raises(ValueError, match=r"frame.json names the picture .*secret.png'; only files beside it"):
-            Checkpoint(str(folder), "cpu")
+            Checkpoint(str(own_checkpoint), "cpu")
 
 
 @pytest.fixture(scope="module")
