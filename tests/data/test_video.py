@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
+from hf_vla.data.recording.encoding import usual_priority
 from hf_vla.data.video import VideoFrames, _Decoder, side_by_side
 
 FPS, FRAMES = 30, 90
@@ -37,7 +38,7 @@ def number(picture):
 def video(request, tmp_path_factory):
     codec, interval = request.param
     path = tmp_path_factory.mktemp("video") / "frames.mp4"
-    with av.open(str(path), "w") as container:
+    with usual_priority(), av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=FPS, options={"g": interval, **OPTIONS[codec]})
         stream.width, stream.height, stream.pix_fmt, stream.time_base = 64, 64, "yuv420p", Fraction(1, FPS)
         for frame in range(FRAMES):
@@ -278,7 +279,7 @@ def test_recorded_videos_are_torchcodecs_bit_for_bit(goldens, torchcodec):
 def test_colours_of_either_range_are_those_recorded(size, full, tmp_path):
     path, levels = tmp_path / "colours.mp4", np.linspace(0, 255, size).astype(np.uint8)
     recorded = np.stack([*np.meshgrid(levels, levels), np.full((size, size), 128, np.uint8)], -1)
-    with av.open(str(path), "w") as container:
+    with usual_priority(), av.open(str(path), "w") as container:
         stream = container.add_stream("libsvtav1", rate=FPS, options={"crf": "5", "preset": "8"})
         stream.width, stream.height, stream.pix_fmt = size, size, "yuv420p"
         colours = {"color_range": 2 if full else 1, "colorspace": 5}

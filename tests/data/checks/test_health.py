@@ -14,6 +14,7 @@ from hf_vla.data.checks.health import check_health
 from hf_vla.data.checks.health_pictures import block_means
 from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.data.recorder import LeRobotRecorder
+from hf_vla.data.recording.encoding import usual_priority
 
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
 ROWS = "data/chunk-000/file-000.parquet"  # episodes 0 (25 rows), 1 (33) and 2 (20)
@@ -41,7 +42,7 @@ def set_rows(column, rows, value):
 
 def encode(path, pictures, fps=10, codec="libx264", options=None, **container_options):
     options = options or {"g": "2", "crf": "30"}
-    with av.open(str(path), "w", **container_options) as container:
+    with usual_priority(), av.open(str(path), "w", **container_options) as container:
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = *pictures[0].shape[:2], "yuv420p"
         for picture in [*pictures, None]:

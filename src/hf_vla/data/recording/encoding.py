@@ -4,6 +4,7 @@ import io
 import os
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class VideoOptions:
             ValueError: the encoder does not take pictures of this size.
         """
         try:
-            with _usual_priority(), av.open(io.BytesIO(), "w", format="mp4") as container:
+            with usual_priority(), av.open(io.BytesIO(), "w", format="mp4") as container:
                 stream = self.add_stream(container, fps, height, width)
                 container.mux(stream.encode(_frame(np.zeros((height, width, 3), np.uint8), 0, fps)))
                 container.mux(stream.encode())
@@ -188,7 +189,7 @@ class VideoEncoder(PictureEncoder):
         if self._length > 0:
             self._container.mux(self._stream.encode(frame))
             return
-        with _usual_priority():  # the first frame starts the encoder
+        with usual_priority():  # the first frame starts the encoder
             self._container.mux(self._stream.encode(frame))
 
     def _finish(self):
@@ -202,18 +203,20 @@ class VideoEncoder(PictureEncoder):
 
 
 @contextmanager
-def _usual_priority():
+def usual_priority() -> Iterator[None]:
     """Undo what SVT-AV1 does where root runs it, in a container for example: real-time priority.
 
     The encoder's many threads would leave nothing to whatever else the machine does, a simulator or a control loop.
     """
     priorities = _priorities()
-    yield
-    for thread, priority in _priorities().items():
-        # its own threads, and the one that started it; what the caller made real-time stays so
-        if priority == SVT_PRIORITY and priorities.get(thread) != SVT_PRIORITY:
-            with suppress(ProcessLookupError):  # it has ended
-                os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+    try:
+        yield
+    finally:
+        for thread, priority in _priorities().items():
+            # its own threads, and the one that started it; what the caller made real-time stays so
+            if priority == SVT_PRIORITY and priorities.get(thread) != SVT_PRIORITY:
+                with suppress(ProcessLookupError):  # it has ended
+                    os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _priorities() -> dict[int, tuple[int, int]]:
