@@ -10,7 +10,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
-PYTEST_ARGS ?= -n 3
+PYTEST_ARGS ?= -n 3 --dist worksteal
 SIM_ARGS ?= -m "sim and not slow"
 BROWSER_ARGS ?= -m "browser and not slow"
 

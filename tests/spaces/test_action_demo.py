@@ -575,6 +575,7 @@ def test_a_missing_checkpoint_is_said(tmp_path):
 def test_a_port_that_is_taken_is_said(server):
     port = server.url.rpartition(":")[2]
     command = [Path(sys.executable).parent / "hf-vla", "space", "--port", port]
+    command += ["--model", SPACE / "checkpoints" / "tinyvla_metaworld"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and f"The port {port} of 127.0.0.1 cannot be listened at" in done.stderr
     assert "Traceback" not in done.stderr
