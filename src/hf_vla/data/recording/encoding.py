@@ -213,10 +213,11 @@ def usual_priority() -> Iterator[None]:
         yield
     finally:
         for thread, priority in _priorities().items():
-            # its own threads, and the one that started it; what the caller made real-time stays so
-            if priority == SVT_PRIORITY and priorities.get(thread) != SVT_PRIORITY:
+            # its own threads, and the one that started it, which may have been real-time in another way before
+            policy, number = priorities.get(thread, (os.SCHED_OTHER, 0))
+            if priority == SVT_PRIORITY:
                 with suppress(ProcessLookupError):  # it has ended
-                    os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+                    os.sched_setscheduler(thread, policy, os.sched_param(number))
 
 
 def _priorities() -> dict[int, tuple[int, int]]:
