@@ -159,6 +159,8 @@ def build():
                     )
                     for place, options in enumerate(values[len(FIELDS) :])
                 ]
+                kept = [picture for each in CHECKPOINTS.values() for picture in each.pictures.values()]
+                pictures[0].keep_in_cache.update(map(pictures[0].move_resource_to_block_cache, kept))  # not deleted
                 instruction = gr.Textbox(
                     label="Instruction", elem_id="instruction", max_length=500, **start["instruction"]
                 )

@@ -30,7 +30,7 @@ def form(model, dataset=None, **given):
     cameras = [*checkpoint.cameras(key)]
     camera = given.get("camera") if given.get("camera") in cameras else cameras[0]
     names = checkpoint.names(key)[1]
-    pictures = given.get("pictures", checkpoint.pictures if key == example.get("dataset", key) else {})
+    pictures = given.get("pictures", checkpoint.pictures if key == checkpoint.key() else {})
     updates = [
         gr.update(value=model),
         gr.update(choices=checkpoint.codec.keys, value=key, interactive=len(checkpoint.codec.keys) > 1),
@@ -80,7 +80,7 @@ def change_model(model, instruction, *paths):
     """Take another model: with its example, but what the user gave of his own stays."""
     checkpoint, own = find(model), {}
     examples = [each.example["task"] for each in CHECKPOINTS.values() if each.example]
-    if instruction.strip() and instruction not in examples:
+    if (instruction or "").strip() and instruction not in examples:
         own["instruction"] = instruction
     given = [path for path in paths if path is not None]
     if given and not any(_is_shipped(path) for path in given):

@@ -1,13 +1,13 @@
 """Checkpoints that the Space serves, and what one prediction of theirs is, as plain data.
 
-The first sample is what [`~hf_vla.policy.Policy`] answers with the same seed; the k-th further one that of seed + k.
-Models that choose tokens take the likeliest first, and draw the further samples.
+The first sample is what [`~hf_vla.policy.Policy`] answers with the same seed; the k-th further one, but for rounding,
+that of seed + k. Models that choose tokens take the likeliest first, and draw the further samples.
 """
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -20,9 +20,11 @@ from hf_vla.actions.heads.base import DenoisingHead
 from hf_vla.actions.tokenizers.base import FixedLengthTokenizer
 from hf_vla.actions.tokenizers.gaussian_grid import GaussianGridTokenizer
 from hf_vla.actions.values import middle
+from hf_vla.evaluation.example import read_example
 from hf_vla.models.images import to_rgb
 from hf_vla.models.loading import load_checkpoint
 from hf_vla.models.outputs import VLAOutput
+from hf_vla.training.summary import read_checked
 
 MAX_SECONDS = 60  # of one prediction, all samples together
 TOP = 5  # candidates that are told of each token
@@ -58,6 +60,12 @@ class Prediction:
     notes: list[str] = field(default_factory=list)
 
 
+class Trained(TypedDict):
+    """What the page tells of training.json."""
+
+    instructions: list[str]
+
+
 class Checkpoint:
     """A model, its processor and, where a frame.json lies beside them, an example.
 
@@ -83,22 +91,17 @@ class Checkpoint:
         self.denoises = isinstance(self.head, DenoisingHead)
         self.num_steps = self.head.num_inference_steps if self.denoises else None
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.example = self._read_json("frame.json")
-        self.instructions = (self._read_json("training.json") or {}).get("instructions", [])
-        self.pictures = {}  # of the example, by camera
-        for camera, name in (self.example or {}).get("images", {}).items():
-            if Path(name).name != name:
+        self.example, self.pictures = read_example(self.path), {}
+        if self.example is not None:
+            self.pictures, known = self.example["images"], self.cameras()
+            if unknown := self.pictures.keys() - known.keys():
                 raise ValueError(
-                    f"{self.path}'s frame.json names the picture {name!r}; only files beside it are shown to visitors."
+                    f"The frame.json of {self.path} shows {sorted(unknown)}; it looks through {[*known]}."
                 )
-            self.pictures[camera] = cached_file(self.path, name)
+        training = cached_file(self.path, "training.json", _raise_exceptions_for_missing_entries=False)
+        self.instructions = read_checked(Path(training), Trained)["instructions"] if training else []
         if any(camera.depth for key in self.codec.keys for camera in self.processor.camera_specs(key)):
             raise ValueError(f"{self.path} needs metric depth of a sensor, which this page has no input for.")
-
-    def _read_json(self, name):
-        """A file that lies beside the weights, in the folder or on the Hub; None where there is none."""
-        file = cached_file(self.path, name, _raise_exceptions_for_missing_entries=False)
-        return file and json.loads(Path(file).read_text(encoding="utf-8"))
 
     def key(self, dataset=None):
         """Name of a dataset, the example's or the first by default.
@@ -134,9 +137,8 @@ class Checkpoint:
         key = self.key(dataset)
         if not self.codec.takes_state:
             return ""
-        if self.example is not None and key == self.example["dataset"]:
-            values = self.example["state"]
-        else:
+        values = self.example["state"] if self.example is not None and key == self.key() else None
+        if values is None:
             values = middle(self.codec.statistics[key]["state"], self.codec.state_normalizer(key).action_dim)
         return " ".join(np.format_float_positional(np.float32(value), trim="-") for value in values)
 
@@ -301,7 +303,8 @@ def load(models, warm_up):
         loaded[checkpoint.name if checkpoint.name not in loaded else checkpoint.path] = checkpoint
         if warm_up and checkpoint.example is not None:
             pictures = {camera: read_picture(path) for camera, path in checkpoint.pictures.items()}
-            checkpoint.run(pictures, checkpoint.example["task"], checkpoint.example["state"])
+            state = [float(value) for value in checkpoint.default_state().split()] or None
+            checkpoint.run(pictures, checkpoint.example["task"], state)
     CHECKPOINTS.clear()
     CHECKPOINTS.update(loaded)
 

@@ -366,7 +366,8 @@ def test_a_checkpoint_on_the_hub_brings_its_example(own_checkpoint, hub):
 
     hub.upload("somebody/robot", own_checkpoint, kind="model")
     pulled, local = Checkpoint("somebody/robot", "cpu"), Checkpoint(str(own_checkpoint), "cpu")
-    assert pulled.example == local.example and pulled.instructions == local.instructions != []
+    assert pulled.example | {"images": None} == local.example | {"images": None}
+    assert pulled.instructions == local.instructions != []
     assert pulled.is_example({name: to_rgb(Image.open(path)) for name, path in local.pictures.items()})
     for name in ("frame.json", "training.json"):
         (own_checkpoint / name).unlink()
@@ -375,16 +376,39 @@ def test_a_checkpoint_on_the_hub_brings_its_example(own_checkpoint, hub):
     assert (plain.example, plain.pictures, plain.instructions) == (None, {}, [])
 
 
-def test_an_example_shows_only_pictures_beside_it(own_checkpoint, tmp_path):
-    from predict import Checkpoint
+def test_an_example_may_lack_what_the_model_can_do_without(own_checkpoint):
+    import predict
 
     frame = json.loads((own_checkpoint / "frame.json").read_text())
-    scene().save(tmp_path / "secret.png")
-    for name in ("../secret.png", str(tmp_path / "secret.png")):
-        frame["images"] = {"corner4": name}
-        (own_checkpoint / "frame.json").write_text(json.dumps(frame))
-        with pytest.raises(ValueError, match=r"frame.json names the picture .*secret.png'; only files beside it"):
-            Checkpoint(str(own_checkpoint), "cpu")
+    short = {name: frame[name] for name in ("task", "images")}
+    (own_checkpoint / "frame.json").write_text(json.dumps(short))
+    before = dict(predict.CHECKPOINTS)
+    try:
+        predict.load([str(own_checkpoint)], warm_up=True)
+        (checkpoint,) = predict.CHECKPOINTS.values()
+        mean = checkpoint.codec.statistics["push"]["state"]["mean"]
+        assert [float(each) for each in checkpoint.default_state().split()] == pytest.approx(mean)
+    finally:
+        predict.CHECKPOINTS.clear()
+        predict.CHECKPOINTS.update(before)
+    (own_checkpoint / "frame.json").write_text(json.dumps(short | {"images": {"top": "frame_corner4.png"}}))
+    with pytest.raises(ValueError, match=r"shows \['top'\]; it looks through \['corner4'\]"):
+        predict.Checkpoint(str(own_checkpoint), "cpu")
+
+
+def test_examples_are_not_deleted_with_old_uploads(served):
+    from app import build
+    from gradio.route_utils import delete_files_created_by_app
+
+    async def with_a_loop():  # else gradio would leave some behind
+        return build()
+
+    page = asyncio.run(with_a_loop())
+    (place,) = (each for each in page.blocks.values() if getattr(each, "elem_id", None) == "picture0")
+    examples = [path for checkpoint in served.values() for path in checkpoint.pictures.values()]
+    copies = [Path(place.move_resource_to_block_cache(path)) for path in examples]
+    delete_files_created_by_app(page, None)
+    assert len(set(copies)) == 2 and all(copy.is_file() for copy in copies)  # three show the same scene
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """A checkpoint that is being examined: its files, its parts, what it is shown and what it answers."""
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from hf_vla.actions.spec import CameraSpec
 from hf_vla.actions.values import middle
 from hf_vla.data.lerobot import LeRobotEpisodes
 from hf_vla.data.schema import ACTION
+from hf_vla.evaluation.example import read_example
 from hf_vla.evaluation.probes import history, observation_of
 from hf_vla.models.base import base_of_adapter, check_folder
 from hf_vla.models.hub_errors import hub_errors
@@ -25,8 +25,7 @@ from hf_vla.models.loading import load_processor
 from hf_vla.policy import DEPTH, IMAGES, STATE, TASK, Policy
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
-FRAME = "frame.json"
-READ_FROM_HUB = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "frame_*.png"]
+READ_FROM_HUB = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 INSTRUCTIONS = ("pick up the red cube", "open the drawer", "push the button")
 SEED = 0
 FRAMES = 8  # recorded ones that the model is shown
@@ -236,13 +235,12 @@ class Patient:
 
     @part
     def frame(self) -> dict[str, Any] | None:
-        """The recorded frame that lies beside shipped checkpoints: task, state, pictures' files, actions.
+        """The recorded frame that lies beside shipped checkpoints, see [`~hf_vla.evaluation.example.Example`].
 
         None where there is none, or it is of another robot than the one that is driven.
         """
-        path = self.folder / FRAME
-        frame = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        return frame if frame is None or frame.get("dataset", self.key) == self.key else None
+        frame = read_example(self.name)
+        return frame if frame is None or frame["dataset"] in (None, self.key) else None
 
     @part
     def instructions(self) -> tuple[str, ...]:
@@ -255,8 +253,7 @@ class Patient:
     def frame_moment(self) -> list[dict[str, Any]]:
         """The recorded frame as the model is shown it."""
         pictures = {
-            IMAGES + name: np.asarray(Image.open(self.folder / file).convert("RGB"))
-            for name, file in self.frame["images"].items()
+            IMAGES + name: np.asarray(Image.open(file).convert("RGB")) for name, file in self.frame["images"].items()
         }
         state = {STATE: self.frame["state"]} if self.policy.takes_state else {}
         return [pictures | state | _depths(self._cameras()) | {TASK: self.frame[TASK]}]

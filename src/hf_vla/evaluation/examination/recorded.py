@@ -273,11 +273,12 @@ def imitates(patient: Patient) -> Iterator[Verdict]:
     dataset, and much that is coded otherwise than in training shows.
     """
     known = patient.processor.action_codec.statistics[patient.key][ACTION]
-    if patient.frame is None or "mean" not in known:
-        lacks = "recorded frame (frame.json) beside the checkpoint" if patient.frame is None else "mean action"
+    done = patient.frame and patient.frame["actions"]
+    if done is None or "mean" not in known:
+        lacks = "recorded actions (frame.json) beside the checkpoint" if done is None else "mean action"
         yield Verdict(PASS, f"No {lacks} to compare with.")
         return
-    done = np.array(patient.frame["actions"], np.float64)
+    done = np.array(done, np.float64)
     chunk = patient.expect(patient.frame_moment)[: len(done)]
     done = done[: len(chunk)]
     # as far as `moved` over a chunk, but over all dimensions at once, as along recorded episodes
