@@ -247,7 +247,9 @@ def test_without_a_connection(signed_in, robots, impatient, monkeypatch):
     with pytest.raises(OSError, match="cannot be reached for 'somebody/robot'.* not sent again"):
         push_checkpoint(robots["tinyvla"], REPO, code=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="HF_HUB_OFFLINE is set, and 'somebody/other' is not complete in the cache"):
+    with pytest.raises(
+        OSError, match="HF_HUB_OFFLINE is set, and 'somebody/other' is no folder here, nor complete in the cache"
+    ):
         predict("somebody/other")
 
 
@@ -389,6 +391,15 @@ def cut(folder):
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
             "{folder}/model.safetensors.index.json names no files of weights",
+        ),
+        *(
+            (
+                lambda folder, shard=shard: (folder / "model.safetensors.index.json").write_text(
+                    json.dumps({"weight_map": {"a": shard}})
+                ),
+                "{folder}/model.safetensors.index.json names no files of weights",
+            )
+            for shard in (3, "", "../model.safetensors")
         ),
         (cut, "{folder}/model.safetensors is not whole"),
         (

@@ -77,11 +77,18 @@ def predict(
 
 
 def open_upright(path):
-    """Read a picture, turned as the camera was held."""
-    from PIL import Image, ImageOps
+    """Read a picture, turned as the camera was held.
 
-    with Image.open(path) as file:
-        return ImageOps.exif_transpose(file)
+    Raises:
+        ValueError: it is none.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: expected a picture (PNG, JPEG, ...); whatever it is called, it is none.") from None
 
 
 def parse_images(values):

@@ -150,7 +150,8 @@ def check_weights(folder: Path, files: list[str]) -> None:
         )
     again = "copy the checkpoint again, or save the model with save_pretrained."
     for name in (name for name in files if name.endswith(INDEX)):
-        if not isinstance(named := read_json(folder / name).get("weight_map"), dict) or not named:
+        named = read_json(folder / name).get("weight_map")
+        if not isinstance(named, dict) or not named or not all(map(_is_file_name, named.values())):
             raise ValueError(f"{folder / name} names no files of weights: {again}")
         shards = {str(Path(name).with_name(shard)) for shard in named.values()}
         if missing := sorted(shards - set(files)):
@@ -161,6 +162,10 @@ def check_weights(folder: Path, files: list[str]) -> None:
                 pass
         except SafetensorError as error:
             raise ValueError(f"{folder / name} is not whole ({error}): {again}") from error
+
+
+def _is_file_name(name):
+    return isinstance(name, str) and Path(name).name == name != ""
 
 
 def check_base(folder: Path) -> None:

@@ -111,8 +111,14 @@ def check_folder(path: str | Path, name: str) -> None:
     folder, source = Path(path), str(path)
     if folder.is_dir():
         if not any((folder / each).is_file() for each in ("config.json", "adapter_config.json")):
-            raise FileNotFoundError(f"{name}: no checkpoint in this folder, it has no config.json.")
+            within = sorted(config.parent for config in folder.glob("*/config.json"))
+            hint = f" Did you mean {str(within[0])!r}?" if within else ""
+            raise FileNotFoundError(f"{name}: no checkpoint in this folder, it has no config.json.{hint}")
         return
+    if folder.is_file():
+        raise FileNotFoundError(
+            f"{name}: a file; expected the folder of a checkpoint, such as {str(folder.parent)!r}."
+        )
     # lerobot/pi0_base may well be meant for the Hub where a folder lerobot lies: only a near miss counts as a folder.
     siblings = list(folder.parent.iterdir()) if len(folder.parts) > 1 and folder.parent.is_dir() else []
     close = get_close_matches(folder.name, [each.name for each in siblings], n=1)

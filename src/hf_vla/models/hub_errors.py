@@ -98,10 +98,10 @@ def _say(error, repo_id, revision, token, write):
         return f"The Hub refuses {repo_id!r} (status {status}): {said}"
     is_missing = isinstance(error, LocalEntryNotFoundError)
     if isinstance(error, OfflineModeIsEnabled) or (is_missing and constants.HF_HUB_OFFLINE):
-        return (
-            f"HF_HUB_OFFLINE is set, and {repo_id!r} "
-            + ("can only be pushed online" if write else f"is not complete in the cache {constants.HF_HUB_CACHE}")
-            + ": unset it."
+        return f"HF_HUB_OFFLINE is set, and {repo_id!r} " + (
+            "can only be pushed online: unset it."
+            if write
+            else f"is no folder here, nor complete in the cache {constants.HF_HUB_CACHE}: check the name, or unset it."
         )
     # of the HTTP client, which huggingface_hub has exchanged before
     is_cut = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
