@@ -242,8 +242,11 @@ def test_without_a_connection(signed_in, robots, impatient, monkeypatch):
     wanted = predict(REPO)
     signed_in.close()
     assert np.array_equal(predict(REPO), wanted)  # of the cache
+    waited = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waited.append)
     with pytest.raises(OSError, match="cannot be reached for 'somebody/other'"):
         predict("somebody/other")
+    assert waited == []  # for names that are folders' more often than not
     with pytest.raises(OSError, match="cannot be reached for 'somebody/robot'.* not sent again"):
         push_checkpoint(robots["tinyvla"], REPO, code=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from pathlib import Path
 
+from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoModel, AutoProcessor
 
 import hf_vla.models.auto  # noqa: F401  (registers the Auto classes)
@@ -35,8 +36,15 @@ def load_checkpoint(path, name=None, revision=None, token=None):
         recorded_base(Path(path, "adapter_config.json"))  # AutoModel takes none for a name on the Hub
     on_hub = source is not None and not Path(source).is_dir()
     with hub_errors(source, revision, token) if on_hub else nullcontext():
+        if on_hub and not _is_cached(source, revision):
+            HfApi().model_info(source, **hub)  # without a network transformers would try every file six times
         processor = load_processor(path, **hub)
         return AutoModel.from_pretrained(path, **options_of_revision(path, **hub)), processor
+
+
+def _is_cached(name, revision):
+    files = ("config.json", "adapter_config.json")
+    return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in files)
 
 
 def load_processor(path, **hub):
