@@ -63,13 +63,15 @@ def test_missing_checkpoint_is_one_readable_error(frame, tmp_path):
     assert error.startswith("Error:") and "nowhere" in error and "Traceback" not in result.output
 
 
-def test_a_file_and_the_folder_above_lead_to_the_checkpoint(tiny_checkpoint, frame):
+def test_a_file_and_the_folder_above_lead_to_the_checkpoint(tiny_checkpoint, frame, tmp_path):
+    checkpoint = tmp_path / "model"
+    checkpoint.symlink_to(tiny_checkpoint)
     for model, said in (
-        (tiny_checkpoint / "config.json", "config.json: a file; expected the folder of a checkpoint, such as"),
-        (tiny_checkpoint.parent, "it has no config.json. Did you mean"),
+        (checkpoint / "config.json", "config.json: a file; expected the folder of a checkpoint, such as"),
+        (tmp_path, "it has no config.json. Did you mean"),
     ):
         result = predict("--model", model, "--image", frame, "--text", "x")
-        assert result.exit_code == 1 and f"{said} '{tiny_checkpoint}'" in " ".join(result.stderr.split())
+        assert result.exit_code == 1 and f"{said} '{checkpoint}'" in " ".join(result.stderr.split())
 
 
 def test_a_file_that_is_no_picture_is_said(tiny_checkpoint, tmp_path):
