@@ -481,6 +481,24 @@ def test_the_frame_of_one_robot_is_not_held_against_another(copy_of):
     assert not levels(found, FAIL), found.to_markdown()
 
 
+def test_a_frame_may_lack_state_and_actions(copy_of):
+    def shorten(frame):
+        for name in ("dataset", "state", "actions", "scene"):
+            del frame[name]
+
+    found = examine(copy_of(TINYVLA, edit("frame.json", shorten)), device="cpu")
+    assert not levels(found, FAIL) and not found.unexamined, found.to_markdown()
+    assert "No recorded frame" in sentence(found, "frame", PASS)
+    assert "No recorded actions" in sentence(found, "imitates", PASS)
+
+
+def test_a_frame_of_a_stranger_is_one_failing_line(copy_of):
+    folder = copy_of(TINYVLA, edit("frame.json", lambda frame: frame.update(images={"corner4": "../../x.png"})))
+    found = examine(folder, device="cpu")
+    assert levels(found, FAIL) == {"predicts"}, found.to_markdown()
+    assert "expected a picture beside it for the camera 'corner4', came '../../x.png'" in sentence(found, "predicts")
+
+
 def test_a_camera_without_a_name_is_chosen_among_several(demos, tmp_path):
     patient = Patient(TINYVLA, demos, device="cpu", numbers=[0], camera_map={"corner4": "observation.images.wrist"})
     (camera,) = patient.processor.camera_specs(patient.key)

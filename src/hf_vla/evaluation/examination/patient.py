@@ -255,8 +255,14 @@ class Patient:
         pictures = {
             IMAGES + name: np.asarray(Image.open(file).convert("RGB")) for name, file in self.frame["images"].items()
         }
-        state = {STATE: self.frame["state"]} if self.policy.takes_state else {}
-        return [pictures | state | _depths(self._cameras()) | {TASK: self.frame[TASK]}]
+        return [pictures | self._state(self.frame["state"]) | _depths(self._cameras()) | {TASK: self.frame[TASK]}]
+
+    def _state(self, values=None):
+        """The robot's state, or the mean one where it is not known."""
+        if not self.policy.takes_state:
+            return {}
+        known = self.processor.action_codec.statistics[self.key]["state"]
+        return {STATE: middle(known, self.state_normalizer.action_dim) if values is None else values}
 
     def _cameras(self):
         cameras = self.policy.cameras or (CameraSpec(None, 224, 224),)
@@ -277,11 +283,8 @@ class Patient:
                 [observation_of(self.episodes, item) for item in history(self.policy, self.episodes, row)]
                 for row in rows
             ]
-        cameras, rng, state = self._cameras(), np.random.default_rng(SEED), {}
+        cameras, rng, state = self._cameras(), np.random.default_rng(SEED), self._state()
         moments = [] if self.frame is None else [self.frame_moment]
-        if self.policy.takes_state:
-            known = self.processor.action_codec.statistics[self.key]["state"]
-            state = {STATE: middle(known, self.state_normalizer.action_dim)}
         for task in self.instructions[:3]:
             pictures = {IMAGES + (camera.name or UNNAMED): natural_picture(camera, rng) for camera in cameras}
             moments.append([pictures | state | _depths(cameras) | {TASK: task}])

@@ -63,11 +63,13 @@ def frame_inside(patient: Patient) -> Iterator[Verdict]:
     It may be held out of training, so it may lie a little outside; actions and states exchanged, or in other units, do
     not.
     """
-    if patient.frame is None:
+    frame = patient.frame or {}
+    recorded = {what: frame.get(name) for what, name in (("action", "actions"), ("state", "state"))}
+    if all(values is None for values in recorded.values()):
         yield Verdict(PASS, "No recorded frame (frame.json) of this robot beside the checkpoint to compare with.")
         return
     outside, known = [], patient.processor.action_codec.statistics[patient.key]
-    for what, values in (("action", patient.frame["actions"]), ("state", patient.frame["state"])):
+    for what, values in recorded.items():
         statistics = known.get(what) or {}
         if values is None or "min" not in statistics or "max" not in statistics:
             continue
