@@ -74,10 +74,13 @@ def test_a_file_and_the_folder_above_lead_to_the_checkpoint(tiny_checkpoint, fra
         assert result.exit_code == 1 and f"{said} '{checkpoint}'" in " ".join(result.stderr.split())
 
 
-def test_a_file_that_is_no_picture_is_said(tiny_checkpoint, tmp_path):
-    (tmp_path / "text.png").write_text("no picture")
-    result = predict("--model", tiny_checkpoint, "--image", tmp_path / "text.png", "--text", "x")
-    assert result.exit_code == 1 and "text.png: expected a picture (PNG, JPEG, ...)" in result.stderr
+@pytest.mark.parametrize("kind", ["text", "cut"])
+def test_a_file_that_is_no_picture_is_said(tiny_checkpoint, frame, tmp_path, kind):
+    path = tmp_path / f"{kind}.png"
+    path.write_bytes(b"no picture" if kind == "text" else frame.read_bytes()[:-500])
+    result = predict("--model", tiny_checkpoint, "--image", path, "--text", "x")
+    assert result.exit_code == 1 and f"{kind}.png: expected a picture (PNG, JPEG, ...)" in result.stderr
+    assert "Traceback" not in result.output
 
 
 def test_missing_image_is_a_usage_error(tiny_checkpoint):

@@ -80,15 +80,15 @@ def open_upright(path):
     """Read a picture, turned as the camera was held.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or not whole.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as file:
             return ImageOps.exif_transpose(file)
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: expected a picture (PNG, JPEG, ...); whatever it is called, it is none.") from None
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: expected a picture (PNG, JPEG, ...), and all of it: {error}.") from error
 
 
 def parse_images(values):
