@@ -39,8 +39,10 @@ def vary(observation, client, step):
 def read_observation(folder):
     from PIL import Image
 
-    frame = json.loads((folder / "frame.json").read_text())
-    pictures = {f"observation.images.{name}": Image.open(folder / file) for name, file in frame["images"].items()}
+    from hf_vla.evaluation.example import read_example
+
+    frame = read_example(folder)
+    pictures = {f"observation.images.{name}": Image.open(path) for name, path in frame["images"].items()}
     observation = {name: np.asarray(picture) for name, picture in pictures.items()}
     if frame["state"] is not None:
         observation["observation.state"] = np.array(frame["state"], np.float32)

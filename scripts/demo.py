@@ -5,7 +5,6 @@ outputs/try. The simulator is optional: without the extra `sim` it says how to g
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_vla import Policy
+from hf_vla.evaluation.example import read_example
 from hf_vla.evaluation.videos import Film
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,8 +44,8 @@ def find_checkpoint(name):
 
 def predict(policy, checkpoint, output, console):
     """Predict the chunk of the held-out frame, beside what was recorded there."""
-    frame = json.loads((checkpoint / "frame.json").read_text())
-    pictures = {camera: Image.open(checkpoint / file) for camera, file in frame["images"].items()}
+    frame = read_example(checkpoint)
+    pictures = {camera: Image.open(path) for camera, path in frame["images"].items()}
     observation = {f"observation.images.{camera}": np.asarray(each) for camera, each in pictures.items()}
     observation |= {"task": frame["task"], "observation.state": frame["state"]}
     policy.reset()

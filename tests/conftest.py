@@ -8,16 +8,16 @@ import pytest
 
 from hf_vla.models.auto import FAMILIES
 
-POLICY = os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else None  # not on every system
+SCHEDULING = os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else None  # not on every system
 
 
 @pytest.fixture(autouse=True)
 def priority_stays():
     """No test leaves its process real-time, which SVT-AV1 makes root's when it encodes: all others would wait."""
     yield
-    if POLICY is not None and (now := os.sched_getscheduler(0)) != POLICY:
-        os.sched_setscheduler(0, POLICY, os.sched_param(0))
-        pytest.fail(f"The scheduling policy was {POLICY} and is {now}: encode in usual_priority().")
+    if SCHEDULING is not None and (now := os.sched_getscheduler(0)) != SCHEDULING:
+        os.sched_setscheduler(0, SCHEDULING, os.sched_param(0))
+        pytest.fail(f"The scheduling was {SCHEDULING} and is {now}: encode in usual_priority().")
 
 
 @pytest.fixture(scope="session")

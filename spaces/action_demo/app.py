@@ -36,7 +36,7 @@ from guards import (
     sentences,
 )
 from page import CSS, INTRODUCTION, make_picture, results, share_link, tabs
-from predict import CHECKPOINTS, find, load
+from predict import CHECKPOINTS, example_pictures, find, load
 from texts import query, record
 
 HERE = Path(__file__).parent
@@ -159,8 +159,8 @@ def build():
                     )
                     for place, options in enumerate(values[len(FIELDS) :])
                 ]
-                kept = [picture for each in CHECKPOINTS.values() for picture in each.pictures.values()]
-                pictures[0].keep_in_cache.update(map(pictures[0].move_resource_to_block_cache, kept))  # not deleted
+                copies = map(pictures[0].move_resource_to_block_cache, example_pictures())
+                pictures[0].keep_in_cache.update(copies)  # uploads are deleted, they are not
                 instruction = gr.Textbox(
                     label="Instruction", elem_id="instruction", max_length=500, **start["instruction"]
                 )
@@ -264,7 +264,7 @@ def launch(models=None, host="127.0.0.1", port=7860, share=False):
             theme=theme,
             css=CSS,
             max_file_size=MAX_MEGABYTES * 10**6,
-            allowed_paths=[picture for each in CHECKPOINTS.values() for picture in each.pictures.values()],
+            allowed_paths=example_pictures(),  # which may lie anywhere
             mcp_server=True,
             footer_links=["api"],
             ssr_mode=False,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import gradio as gr
 from guards import MAX_SAMPLES, MAX_SEED, MAX_STEPS, Refused, parse_whole, read_picture, sentences
-from predict import CHECKPOINTS, find
+from predict import CHECKPOINTS, example_pictures, find
 
 FIELDS = ("model", "dataset", "camera", "instruction", "state", "seed", "samples", "steps")
 
@@ -89,9 +89,8 @@ def change_model(model, instruction, *paths):
 
 
 def _is_shipped(path):
-    shipped = [each for checkpoint in CHECKPOINTS.values() for each in checkpoint.pictures.values()]
     own = Path(path).read_bytes() if Path(path).is_file() else None  # else gradio has deleted it
-    return any(own == Path(each).read_bytes() for each in shipped)
+    return any(own == Path(each).read_bytes() for each in example_pictures())
 
 
 @sentences

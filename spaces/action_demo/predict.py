@@ -7,7 +7,6 @@ that of seed + k. Models that choose tokens take the likeliest first, and draw t
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from hf_vla.evaluation.example import read_example
 from hf_vla.models.images import to_rgb
 from hf_vla.models.loading import load_checkpoint
 from hf_vla.models.outputs import VLAOutput
-from hf_vla.training.summary import read_checked
+from hf_vla.training.summary import SUMMARY, read_summary
 
 MAX_SECONDS = 60  # of one prediction, all samples together
 TOP = 5  # candidates that are told of each token
@@ -60,12 +59,6 @@ class Prediction:
     notes: list[str] = field(default_factory=list)
 
 
-class Trained(TypedDict):
-    """What the page tells of training.json."""
-
-    instructions: list[str]
-
-
 class Checkpoint:
     """A model, its processor and, where a frame.json lies beside them, an example.
 
@@ -98,8 +91,8 @@ class Checkpoint:
                 raise ValueError(
                     f"The frame.json of {self.path} shows {sorted(unknown)}; it looks through {[*known]}."
                 )
-        training = cached_file(self.path, "training.json", _raise_exceptions_for_missing_entries=False)
-        self.instructions = read_checked(Path(training), Trained)["instructions"] if training else []
+        training = cached_file(self.path, SUMMARY, _raise_exceptions_for_missing_entries=False)
+        self.instructions = read_summary(Path(training).parent)["instructions"] if training else []
         if any(camera.depth for key in self.codec.keys for camera in self.processor.camera_specs(key)):
             raise ValueError(f"{self.path} needs metric depth of a sensor, which this page has no input for.")
 
@@ -307,6 +300,11 @@ def load(models, warm_up):
             checkpoint.run(pictures, checkpoint.example["task"], state)
     CHECKPOINTS.clear()
     CHECKPOINTS.update(loaded)
+
+
+def example_pictures():
+    """Paths of the pictures of all examples."""
+    return [path for checkpoint in CHECKPOINTS.values() for path in checkpoint.pictures.values()]
 
 
 def find(name):

@@ -5,6 +5,7 @@ from typing import Any, NotRequired, TypedDict
 
 from transformers.utils.hub import cached_file
 
+from hf_vla.models.checkpoint_files import is_file_name
 from hf_vla.training.summary import read_checked
 
 FRAME = "frame.json"
@@ -54,7 +55,7 @@ def read_example(checkpoint: str | Path) -> dict[str, Any] | None:
         raise ValueError(f"{file}: expected a picture of at least one camera as images; add it, or remove the file.")
     for camera, name in example["images"].items():
         picture = None
-        if Path(name).name == name not in ("", ".."):
+        if is_file_name(name):
             picture = cached_file(str(checkpoint), name, _raise_exceptions_for_missing_entries=False)
         if picture is None:
             raise ValueError(f"{file}: expected a picture beside it for the camera {camera!r}, came {name!r}.")

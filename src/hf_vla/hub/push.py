@@ -19,7 +19,7 @@ from hf_vla.hub.card import CARD, write_card
 from hf_vla.hub.export import export_remote_code
 from hf_vla.hub.facts import ADAPTER, known_on_hub
 from hf_vla.models.base import BASE, check_folder
-from hf_vla.models.checkpoint_files import is_pickle, published_files, stale_files
+from hf_vla.models.checkpoint_files import is_file_name, is_pickle, published_files, stale_files
 from hf_vla.models.conversion import read_json
 from hf_vla.models.hub_errors import hub_errors
 from hf_vla.models.remote_code import is_ours, replace_file
@@ -151,7 +151,7 @@ def check_weights(folder: Path, files: list[str]) -> None:
     again = "copy the checkpoint again, or save the model with save_pretrained."
     for name in (name for name in files if name.endswith(INDEX)):
         named = read_json(folder / name).get("weight_map")
-        if not isinstance(named, dict) or not named or not all(map(_is_file_name, named.values())):
+        if not isinstance(named, dict) or not named or not all(map(is_file_name, named.values())):
             raise ValueError(f"{folder / name} names no files of weights: {again}")
         shards = {str(Path(name).with_name(shard)) for shard in named.values()}
         if missing := sorted(shards - set(files)):
@@ -162,10 +162,6 @@ def check_weights(folder: Path, files: list[str]) -> None:
                 pass
         except SafetensorError as error:
             raise ValueError(f"{folder / name} is not whole ({error}): {again}") from error
-
-
-def _is_file_name(name):
-    return isinstance(name, str) and Path(name).name == name != ""
 
 
 def check_base(folder: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hf_vla.models.auto import FAMILIES
 from hf_vla.models.base import BASE
@@ -58,6 +59,11 @@ def stale_files(there: Iterable[str], files: Iterable[str]) -> list[str]:
         files (`Iterable[str]`): paths of the new checkpoint.
     """
     return sorted(name for name in set(there) - set(files) if _is_loaded(name) or _is_code(name))
+
+
+def is_file_name(name: Any) -> bool:
+    """Whether something that was read names a file in the same folder, and none elsewhere."""
+    return isinstance(name, str) and Path(name).name == name not in ("", "..")
 
 
 def is_pickle(name: str) -> bool:
